@@ -1,0 +1,43 @@
+# make demo   a fresh machine with Python 3.11 to the verdict on the shipped engagement
+# make test   notebooks and package in sync, notebook examples, pytest
+# make lab    open the notebooks
+# make sync   after editing a notebook: export the package, the parameters cells and README.md
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lab sync benchmark clean
+
+demo: .venv/.installed
+	$(BIN)/finetune-accel run home-intents
+
+test: .venv/.installed-dev
+	$(BIN)/python -m pytest -q tests/test_design.py
+	$(BIN)/nbdev_test --path nbs/core --n_workers 2
+	$(BIN)/python -m pytest -q --ignore=tests/test_design.py tests
+
+lab: .venv/.installed
+	$(BIN)/jupyter lab nbs
+
+sync: .venv/.installed-dev
+	$(BIN)/nbdev_export
+	$(BIN)/python -c "from finetune_accel.core.engagement import write_parameters; write_parameters()"
+	$(BIN)/nbdev_clean
+	$(BIN)/jupyter nbconvert --log-level=WARN --to markdown --output-dir . --output README nbs/index.ipynb
+
+benchmark: .venv/.installed
+	$(BIN)/python benchmarks/cpu_training.py
+
+clean:
+	rm -rf .venv build dist *.egg-info
+
+.venv/bin/python:
+	@$(PYTHON) -c "import sys; sys.exit(0 if sys.version_info >= (3, 11) else 'Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11')"
+	$(PYTHON) -m venv .venv
+
+.venv/.installed: .venv/bin/python settings.ini setup.py constraints.txt
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+.venv/.installed-dev: .venv/.installed
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@

@@ -1,0 +1,64 @@
+"""A small engagement of one's own: three rows, a tiny random model, the same six phases."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from tiny import tiny_model  # noqa: E402
+
+ROWS = [{"prompt": "lights on", "response": '{"intent": "On"}'}, {"prompt": "lights off", "response": '{"intent": "Off"}'},
+        {"prompt": "what time is it", "response": '{"intent": "Time"}'}]
+ENGAGEMENT = """\
+name: mine
+seed: 17
+plan:
+  use_case: sentences to commands
+  owner: tests
+  criteria: [{metric: json_valid}, {metric: exact_match, at_least: 0.0}]
+  data_sources: [{name: three rows, licence: ours, origin: customer, examples: 3}]
+  prerequisites: [{item: rows may be used, state: met, who: tests}]
+prepare: {source: rows.jsonl, system_prompt: Answer with JSON., split: {by: null, stratify: null}}
+benchmark: {models: ["path:tiny"], examples_in_prompt: 1}
+train: {base_model: "path:tiny", epochs: 3, evaluations: 1}
+evaluate: {examples_in_prompt: 1}
+serve: {parity_prompts: 1}
+"""
+
+
+def finetune_accel(*arguments, cwd, code=0, **environment):
+    """Run the command line as a process of its own and return its output; the exit code must be `code`."""
+    done = subprocess.run([sys.executable, "-m", "finetune_accel.core.cli", *map(str, arguments)], cwd=cwd, text=True,
+                          capture_output=True, env={**os.environ, "COLUMNS": "160", **environment})
+    assert done.returncode == code, f"exit {done.returncode}, expected {code}\n{done.stdout}\n{done.stderr}"
+    return done.stdout + done.stderr
+
+
+def states(output: str) -> dict[str, str]:
+    """Return {phase: "done" or "kept"} from what the command line printed."""
+    lines = [line.split() for line in output.splitlines()]
+    return {words[0]: words[1] for words in lines if len(words) >= 3 and words[1] in ("done", "kept", "failed")}
+
+
+def write_workspace(folder: Path) -> Path:
+    """Write rows, tiny model and engagement file into `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    tiny_model(folder / "tiny", [f"{row['prompt']} {row['response']}" for row in ROWS] + ["Answer with JSON."])
+    (folder / "mine.yaml").write_text(ENGAGEMENT)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def workspace(tmp_path_factory):
+    """A folder with rows, tiny model and engagement file, not yet run."""
+    return write_workspace(tmp_path_factory.mktemp("workspace"))
+
+
+@pytest.fixture(scope="session")
+def finished(workspace):
+    """The same workspace after one whole run; returns (folder, output of the run)."""
+    return workspace, finetune_accel("run", "mine.yaml", "--run-dir", workspace / "runs/mine", cwd=workspace)
