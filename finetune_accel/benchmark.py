@@ -5,13 +5,10 @@
 # %% ../nbs/03_benchmark.ipynb #2b37f289
 from __future__ import annotations
 
-import json
 from typing import Optional
 
 from pydantic import Field
 
-from .core.prompting import bare, told
-from .core.records import read_records, sample_records
 from .core.settings import PhaseSettings, Source
 from .core.sources import source_digest
 

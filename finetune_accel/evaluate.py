@@ -5,14 +5,11 @@
 # %% ../nbs/05_evaluate.ipynb #a5884a25
 from __future__ import annotations
 
-import json
 from typing import Optional
 
 from pydantic import Field
 
 from .core.metrics import Criterion
-from .core.prompting import bare, told
-from .core.records import read_records, sample_records
 from .core.settings import PhaseSettings
 
 # %% auto #0

@@ -5,8 +5,7 @@
 # %% ../nbs/01_plan.ipynb #bd892d10
 from __future__ import annotations
 
-import json
-from typing import Literal, Optional
+from typing import Literal
 
 from pydantic import Field
 

@@ -5,13 +5,11 @@
 # %% ../nbs/02_prepare.ipynb #683b7182
 from __future__ import annotations
 
-import json
 from typing import Optional
 
 from pydantic import Field
 
-from .core.records import (Ledger, SplitSettings, assign_splits, limit_rows, read_ledger, write_ledger,
-                                         write_records, write_set_aside)
+from .core.records import Ledger, SplitSettings, assign_splits, limit_rows, read_ledger
 from .core.settings import PhaseSettings, Source, stated
 from .core.sources import source_digest
 

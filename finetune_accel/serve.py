@@ -5,7 +5,6 @@
 # %% ../nbs/06_serve.ipynb #4d19ed6d
 from __future__ import annotations
 
-import json
 import socket
 import subprocess
 import sys

@@ -5,12 +5,10 @@
 # %% ../nbs/04_train.ipynb #155d8920
 from __future__ import annotations
 
-import json
 from typing import Literal, Optional
 
 from pydantic import Field
 
-from .core.records import read_records
 from .core.settings import PhaseSettings, Source, stated
 from .core.sources import source_digest
 from .core.template import conversation, encode_sample

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from .engagement import find_engagement, load_engagement, phases, shipped_engagements
+from .engagement import load_engagement, phases, shipped_engagements
 from .errors import BadInput, FinetuneAccelError, GateNotMet
 from .pipeline import run_engagement, run_grid
 from .runs import RunFolder, resolve_run_dir

@@ -20,7 +20,7 @@ from .engagement import Engagement, Phase, load_engagement, phases
 from .errors import BadInput, GateNotMet, PhaseFailed
 from .processes import guarded
 from .progress import PROGRESS_FILE, latest_progress
-from .runs import HOLDS_LOCK, RunFolder, phase_key, write_json
+from .runs import HOLDS_LOCK, RunFolder, phase_key, run_lock, write_json
 from .secrets import redact
 from .settings import PhaseSettings
 
@@ -32,7 +32,7 @@ __all__ = ['Listener', 'execute_notebook', 'execute_phase', 'Outcome', 'chosen_p
 Listener = Callable[[str, str, dict], None]  # called with (phase, "kept" | "started" | "progress" | "done" | "failed", facts)
 
 
-def _our_error(error: "PapermillExecutionError", notebook: Path) -> Exception:
+def _our_error(error: Exception, notebook: Path) -> Exception:
     for kind in (BadInput, GateNotMet):
         if error.ename == kind.__name__:
             outcome = kind.__new__(kind)
@@ -61,7 +61,7 @@ def _followed(path: Path, phase: str, listener: Listener) -> Iterator[None]:
         follower.join()
         del os.environ[PROGRESS_FILE]
 
-
+# %% ../../nbs/core/pipeline.ipynb #8f92c134
 def execute_notebook(notebook: Path, executed: Path, parameters: dict) -> None:
     """Run a notebook with papermill in a kernel of this Python, reached through a socket file and not a network port."""
     import papermill  # two seconds that `check` and a run with nothing to do should not pay
@@ -95,7 +95,7 @@ def execute_phase(phase: Phase, settings: PhaseSettings, folder: RunFolder, list
     (folder.path / "failed" / phase.notebook.name).unlink(missing_ok=True)
     return result
 
-# %% ../../nbs/core/pipeline.ipynb #8f92c134
+# %% ../../nbs/core/pipeline.ipynb #1b8c56e3
 @dataclass(frozen=True)
 class Outcome:
     """What a run did with one phase: `kept` (its result was there already) or `done`."""
@@ -118,7 +118,7 @@ def chosen_phases(engagement: Engagement, first: str | None, last: str | None) -
         raise BadInput(f"--from {first} --to {last}", "the first phase comes after the last", "exchange them")
     return present[start:end + 1]
 
-
+# %% ../../nbs/core/pipeline.ipynb #185cfb0c
 def run_phase(phase: Phase, engagement: Engagement, folder: RunFolder, force: bool, listener: Listener) -> Outcome:
     """Keep, restore or execute one phase."""
     settings, clock = engagement.settings(phase, folder.path), time.monotonic()
@@ -140,7 +140,7 @@ def run_phase(phase: Phase, engagement: Engagement, folder: RunFolder, force: bo
 @contextmanager
 def held(folder: RunFolder) -> Iterator[None]:
     """Hold the run folder and guard the processes started meanwhile; notebooks run inside are within the lock."""
-    with folder.lock():
+    with run_lock(folder.path):
         os.environ[HOLDS_LOCK] = str(folder.path)
         try:
             with guarded(folder.path):
@@ -161,7 +161,7 @@ def run_engagement(engagement: Engagement, run_dir: Path, first: str | None = No
                                                      + engagement.as_yaml())
         return [run_phase(phase, engagement, folder, force, listener) for phase in wanted]
 
-# %% ../../nbs/core/pipeline.ipynb #1b8c56e3
+# %% ../../nbs/core/pipeline.ipynb #d165063f
 def grid_points(options: list[str]) -> list[list[str]]:
     """Return the override lists of all combinations of `section.key=a,b` options. Raises BadInput."""
     axes = []

@@ -27,7 +27,7 @@ from .sources import tree_digest
 
 # %% auto #0
 __all__ = ['HOLDS_LOCK', 'resolve_run_dir', 'write_json', 'read_json', 'package_folder', 'notebook_code', 'imported_modules',
-           'all_modules', 'locked_versions', 'phase_key', 'RunFolder', 'PhaseRun']
+           'all_modules', 'locked_versions', 'phase_key', 'run_lock', 'RunFolder', 'PhaseRun']
 
 # %% ../../nbs/core/runs.ipynb #689e88ea
 def resolve_run_dir(run_dir: str | Path) -> Path:
@@ -106,35 +106,37 @@ def phase_key(settings: PhaseSettings, notebook: Path, inputs: dict[str, str]) -
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 # %% ../../nbs/core/runs.ipynb #4345a28b
-HOLDS_LOCK = "FINETUNE_ACCEL_LOCKED"
+HOLDS_LOCK = "FINETUNE_ACCEL_LOCKED"  # environment variable: the run folder whose lock the calling command holds
 
 
+@contextmanager
+def run_lock(path: Path) -> Iterator[None]:
+    """Hold the run folder `path`; raise BadInput if another run does."""
+    if os.environ.get(HOLDS_LOCK) == str(path):
+        yield
+        return
+    path.mkdir(parents=True, exist_ok=True)
+    # One lock object a process: in Jupyter, a phase that failed half-way may be started again in the same kernel.
+    lock, holder = FileLock(path / ".lock", is_singleton=True), path / ".lock.holder"
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        who = holder.read_text() if holder.exists() else "another process"
+        raise BadInput(str(path), f"is in use by {who}", "wait for it, end it, or use another --run-dir") from None
+    try:
+        holder.write_text(f"process {os.getpid()}")
+        shutil.rmtree(path / ".staging", ignore_errors=True)  # what a killed run left half done
+        yield
+    finally:
+        holder.unlink(missing_ok=True)
+        lock.release()
+
+# %% ../../nbs/core/runs.ipynb #74fabe21
 class RunFolder:
-    """An engagement's run folder: its results, its lock and the way back to an earlier result."""
+    """An engagement's run folder: its results and the way back to an earlier one."""
 
     def __init__(self, path: str | Path):
         self.path = resolve_run_dir(path)
-
-    @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Hold this folder; raise BadInput if another run does."""
-        if os.environ.get(HOLDS_LOCK) == str(self.path):
-            yield
-            return
-        self.path.mkdir(parents=True, exist_ok=True)
-        lock, holder = FileLock(self.path / ".lock"), self.path / ".lock.holder"
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            who = holder.read_text() if holder.exists() else "another process"
-            raise BadInput(str(self.path), f"is in use by {who}", "wait for it, end it, or use another --run-dir") from None
-        try:
-            holder.write_text(f"process {os.getpid()}")
-            shutil.rmtree(self.path / ".staging", ignore_errors=True)  # what a killed run left half done
-            yield
-        finally:
-            holder.unlink(missing_ok=True)
-            lock.release()
 
     def result(self, phase: str) -> dict | None:
         """Return the phase's current result, or None."""
@@ -181,13 +183,13 @@ class RunFolder:
         path = self.path / output["path"]
         return path.exists() and tree_digest(path) == output["sha256"]
 
-# %% ../../nbs/core/runs.ipynb #74fabe21
+# %% ../../nbs/core/runs.ipynb #69760ce9
 class PhaseRun:
     """One execution of a phase: where its inputs are, where its outputs go, and how its result is written."""
 
     def __init__(self, settings: PhaseSettings, phase: str, notebook: Path, reads: tuple[str, ...], tracker: Any = None):
         self.settings, self.phase, self.folder = settings, phase, RunFolder(settings.run_dir)
-        self._locked = self.folder.lock()
+        self._locked = run_lock(self.folder.path)
         self._locked.__enter__()
         self.inputs = self.folder.input_digests(reads) | settings.external_inputs()
         self.key = phase_key(settings, notebook, self.inputs)
