@@ -183,5 +183,5 @@ def main() -> None:
         sys.exit(130)
 
 
-if __name__ == "__main__" and "ipykernel" not in sys.modules:
+if __name__ == "__main__" and "__file__" in globals():  # run as a module, not as a notebook
     main()

@@ -69,5 +69,5 @@ def wait_and_end(run_dir: str) -> None:
     end_processes(Path(run_dir))
 
 
-if __name__ == "__main__" and "ipykernel" not in sys.modules and len(sys.argv) == 2:
+if __name__ == "__main__" and "__file__" in globals():  # run as a module, not as a notebook
     wait_and_end(sys.argv[1])

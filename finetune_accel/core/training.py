@@ -10,6 +10,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,9 +28,9 @@ from .errors import BadInput, PhaseFailed
 from .loss import IGNORED, causal_lm_loss
 
 # %% auto #0
-__all__ = ['matmul_rate', 'choose_dtype', 'TrainingPlan', 'TrainingResult', 'training_dataset', 'shared_prefix', 'lay_out_row',
-           'tokens_read', 'PackedSFTTrainer', 'trainer_arguments', 'train_lora', 'training_result', 'peak_memory_gib',
-           'merge_and_save', 'check_saved']
+__all__ = ['MAX_ROWS', 'matmul_rate', 'choose_dtype', 'TrainingPlan', 'TrainingResult', 'training_dataset', 'shared_prefix',
+           'lay_out_row', 'tokens_read', 'row_count', 'deal', 'PackedSFTTrainer', 'trainer_arguments', 'train_lora',
+           'training_result', 'peak_memory_gib', 'merge_and_save', 'check_saved']
 
 # %% ../../nbs/core/training.ipynb #bfd99849
 def matmul_rate(dtype: torch.dtype, seconds: float = 0.25, device: str = "cpu") -> float:
@@ -152,21 +153,63 @@ def tokens_read(row: dict) -> int:
     return row["input_ids"].numel() + row["shared_prefix"] * (samples - 1)
 
 # %% ../../nbs/core/training.ipynb #a518d6e4
-class PackedSFTTrainer(SFTTrainer):
-    """TRL's SFTTrainer with the loss of `core.loss`; counts `tokens`, `supervised_tokens` and `seconds` as it goes."""
+MAX_ROWS = 4
 
-    tokens = supervised_tokens = 0
-    seconds = 0.0
+
+def row_count(batch_size: int) -> int:
+    """Return into how many rows a step is split: one a CPU thread, at most four; one on a GPU."""
+    return 1 if torch.cuda.is_available() else min(MAX_ROWS, torch.get_num_threads(), batch_size)
+
+
+def deal(samples: Sequence[dict], rows: int) -> list[list[dict]]:
+    """Split samples into `rows` lists of about equally many tokens."""
+    longest_first = sorted(samples, key=lambda sample: len(sample["input_ids"]), reverse=True)
+    turns = [*range(rows), *reversed(range(rows))]
+    hands = [[] for _ in range(min(rows, len(samples)))]
+    for i, sample in enumerate(longest_first):
+        hands[min(turns[i % len(turns)], len(hands) - 1)].append(sample)
+    return hands
+
+# %% ../../nbs/core/training.ipynb #5ca879b8
+class PackedSFTTrainer(SFTTrainer):
+    """TRL's SFTTrainer on packed rows with the loss of `core.loss`; counts `tokens`, `supervised_tokens` and `seconds`."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.tokens, self.supervised_tokens, self.seconds = 0, 0, 0.0
+        self.rows, self.threads = row_count(self.args.per_device_train_batch_size), torch.get_num_threads()
+        self.workers = ThreadPoolExecutor(self.rows)
+        self.data_collator = lambda samples: {"rows": [lay_out_row(hand) for hand in deal(samples, self.rows)]}
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        """Run one step and count its tokens; raises PhaseFailed if the loss is not a finite number."""
-        self.tokens += tokens_read(inputs)
-        self.supervised_tokens += int((inputs["labels"][:, 1:] != IGNORED).sum())
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        """Compute the gradient of one step; raises PhaseFailed if the loss is not a finite number."""
+        rows = inputs["rows"]
+        count = sum(int((row["labels"] != IGNORED).sum()) for row in rows)
+        self.tokens += sum(tokens_read(row) for row in rows)
+        self.supervised_tokens += count
+        if len(rows) == 1:
+            loss = super().training_step(model, rows[0], count)
+        else:
+            model.train()
+            loss = self._add_gradients(model, rows, count)
         if not torch.isfinite(loss):
             raise PhaseFailed(f"the training loss became {loss.item()} at step {self.state.global_step + 1}. "
                               f"Fix: lower learning_rate (it is {self.args.learning_rate}).")
         return loss
+
+    def _add_gradients(self, model: PeftModel, rows: list[dict], count: int) -> torch.Tensor:
+        """Set the trainable parameters' gradients to the sum over `rows`; returns the mean loss of `count` tokens."""
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+        def loss_and_gradient(row: dict) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+            torch.set_num_threads(max(1, self.threads // self.rows))
+            loss = causal_lm_loss(model, row, count)
+            return loss.detach(), torch.autograd.grad(loss, trainable)
+
+        losses, gradients = zip(*self.workers.map(loss_and_gradient, rows), strict=True)
+        for parameter, *parts in zip(trainable, *gradients, strict=True):
+            parameter.grad = sum(parts[1:], parts[0])
+        return sum(losses)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Return the mean cross-entropy of the answer's tokens (`return_outputs` is not supported)."""
@@ -174,13 +217,17 @@ class PackedSFTTrainer(SFTTrainer):
             raise NotImplementedError("PackedSFTTrainer computes no logits: evaluate by generating answers")
         return causal_lm_loss(self.accelerator.unwrap_model(model), inputs, num_items_in_batch)
 
+    def floating_point_ops(self, inputs: dict) -> int:
+        """Leave the Trainer's own estimate out: it knows no rows."""
+        return 0
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add `tokens_per_second` (without evaluations) to what is logged."""
         if "loss" in logs and self.seconds:
             logs["tokens_per_second"] = self.tokens / self.seconds
         super().log(logs, start_time)
 
-# %% ../../nbs/core/training.ipynb #3154cf90
+# %% ../../nbs/core/training.ipynb #581053ef
 class _Clock(TrainerCallback):
     """Add up the seconds between a step's begin and its end."""
 
@@ -202,13 +249,14 @@ class _Evaluator(TrainerCallback):
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if state.global_step in self.steps:
+            torch.set_num_threads(self.trainer.threads)
             with answering(model):
                 scores = self.on_evaluate(model, state.global_step)
             wanted = control.should_log
             self.trainer.log(dict(scores))
             control.should_log = wanted  # logging scores must not swallow the loss of the same step
 
-# %% ../../nbs/core/training.ipynb #c8ccbe10
+# %% ../../nbs/core/training.ipynb #b2f58be8
 def trainer_arguments(plan: TrainingPlan, samples: int, output_dir: Path) -> SFTConfig:
     """Translate a plan into TRL's configuration: nothing cut, no saving, no reporting of its own."""
     steps = plan.steps(samples)
@@ -257,7 +305,6 @@ def train_lora(
         model=peft_model,
         args=trainer_arguments(plan, len(samples), output_dir),
         train_dataset=dataset,
-        data_collator=lay_out_row,
         processing_class=tokenizer,
         callbacks=list(callbacks),
     )
@@ -265,7 +312,11 @@ def train_lora(
     trainer.add_callback(_Clock(trainer))
     if on_evaluate:
         trainer.add_callback(_Evaluator(trainer, on_evaluate, plan.evaluation_steps(len(samples))))
-    trainer.train()
+    try:
+        trainer.train()
+    finally:
+        trainer.workers.shutdown()
+        torch.set_num_threads(trainer.threads)
     model.__dict__.pop("forward", None)  # TRL hangs its own forward on the model; ours needs none
     model.set_attn_implementation("sdpa")
     return peft_model.eval(), training_result(trainer, dataset, str(model.dtype).removeprefix("torch."))
@@ -296,7 +347,7 @@ def peak_memory_gib() -> float:
     unit = 1 if sys.platform == "darwin" else 2**10  # macOS counts bytes, Linux KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
-# %% ../../nbs/core/training.ipynb #b2f58be8
+# %% ../../nbs/core/training.ipynb #54b9214d
 def merge_and_save(
     peft_model: PeftModel, tokenizer: PreTrainedTokenizerBase, base_model: str, adapter_dir: Path, merged_dir: Path
 ) -> PreTrainedModel:
