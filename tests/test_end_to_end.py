@@ -80,7 +80,8 @@ def test_mlflow_has_parent_children_curves_digests_plots_and_a_model_that_loads(
     assert set(children) == set(PHASES)
     assert {r.data.tags["mlflow.parentRunId"] for r in children.values()} == {parent.info.run_id}
     train = next(r for r in runs if r.info.run_id == RunFolder(folder / "runs/mine").need("train")["mlflow_run_id"])
-    assert train.data.params["learning_rate"] == "0.001" and train.info.status == "FINISHED"
+    settings = RunFolder(folder / "runs/mine").need("train")["settings"]
+    assert train.data.params["learning_rate"] == str(settings["learning_rate"]) and train.info.status == "FINISHED"
     assert len(client.get_metric_history(train.info.run_id, "loss")) == 3
     assert train.inputs.dataset_inputs[0].dataset.digest and train.data.tags["input.prepare.train.parquet"]
     assert {a.path for a in client.list_artifacts(train.info.run_id)} >= {"plots", "adapter"}

@@ -5,6 +5,9 @@
 # %% ../../nbs/core/adapters.ipynb #e38b5886
 from __future__ import annotations
 
+import threading
+from collections.abc import Sequence
+
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear as PeftLoraLinear
@@ -12,57 +15,97 @@ from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
 # %% auto #0
-__all__ = ['LoraProduct', 'LoraLinear', 'add_adapters']
+__all__ = ['SHARED_INPUT', 'LoraProduct', 'Siblings', 'LoraLinear', 'add_adapters']
 
 # %% ../../nbs/core/adapters.ipynb #346e37d8
 class LoraProduct(torch.autograd.Function):
-    """`x Wᵀ + scaling (x Aᵀ) Bᵀ` for x [tokens, in], frozen W [out, in], A [rank, in], B [out, rank], in the dtype of x."""
+    """`x Wᵀ + scaling (x Aᵀ) Bᵀ` for layers that share x [tokens, in], in the dtype of x.
+
+    `weight` [sum of outs, in] is frozen; `adapters` are A [rank, in] and B [out, rank] of each layer in turn.
+    """
 
     @staticmethod
-    def forward(ctx, x, weight, a, b, scaling: float):
-        """Return [tokens, out]."""
-        a_cast, b_cast = a.to(x.dtype), b.to(x.dtype)
-        inner = linear(x, a_cast)
-        ctx.save_for_backward(x, weight, a_cast, b_cast, inner)
-        ctx.scaling, ctx.adapter_dtype = scaling, a.dtype
-        return linear(x, weight).addmm_(inner, b_cast.t(), alpha=scaling)
+    def forward(ctx, x, weight, scaling: float, *adapters):
+        """Return [tokens, sum of outs]."""
+        a = torch.cat(adapters[::2]).to(x.dtype)
+        b = torch.block_diag(*adapters[1::2]).to(x.dtype) if len(adapters) > 2 else adapters[1].to(x.dtype)
+        inner = linear(x, a)
+        ctx.save_for_backward(x, weight, a, b, inner)
+        ctx.scaling, ctx.shapes, ctx.adapter_dtype = scaling, [m.shape for m in adapters[1::2]], adapters[0].dtype
+        return linear(x, weight).addmm_(inner, b.t(), alpha=scaling)
 
     @staticmethod
     def backward(ctx, gradient):
-        """Return the gradients of x (if needed), A and B."""
+        """Return the gradients of x (if needed) and of every A and B."""
         x, weight, a, b, inner = ctx.saved_tensors
         inner_gradient = (gradient @ b).mul_(ctx.scaling)
         x_gradient = (gradient @ weight).addmm_(inner_gradient, a) if ctx.needs_input_grad[0] else None
         a_gradient = (inner_gradient.t() @ x).to(ctx.adapter_dtype)
         b_gradient = (gradient.t() @ inner).to(ctx.adapter_dtype).mul_(ctx.scaling)
-        return x_gradient, None, a_gradient, b_gradient, None
+        gradients, row, column = [], 0, 0
+        for out, rank in ctx.shapes:
+            gradients.append(a_gradient[column : column + rank])
+            gradients.append(b_gradient[row : row + out, column : column + rank])
+            row, column = row + out, column + rank
+        return x_gradient, None, None, *gradients
 
 # %% ../../nbs/core/adapters.ipynb #d4e96211
+class Siblings:
+    """LoRA layers that read the same input; `weight` is their frozen matrices on top of each other."""
+
+    def __init__(self, layers: Sequence[PeftLoraLinear]):
+        self.layers = list(layers)
+        self.outs = [layer.base_layer.weight.shape[0] for layer in layers]
+        self.weight = torch.cat([layer.base_layer.weight.data for layer in layers])
+        for layer, part in zip(self.layers, self.weight.split(self.outs), strict=True):
+            layer.base_layer.weight.data = part  # the layers' own weights become views: no second copy in memory
+        self.pending = threading.local()  # each thread trains on a row of its own
+
+    def output(self, layer: PeftLoraLinear, x: torch.Tensor) -> torch.Tensor:
+        """Return the output of `layer` for x, computing all siblings' when the first of them asks."""
+        if getattr(self.pending, "x", None) is not x:
+            adapters = [matrix for sibling in self.layers for matrix in sibling.matrices()]
+            flat = x.reshape(-1, x.shape[-1])
+            together = LoraProduct.apply(flat, self.weight, layer.scaling["default"], *adapters)
+            parts = together.view(*x.shape[:-1], -1).split(self.outs, dim=-1)
+            self.pending.x, self.pending.parts = x, dict(zip(map(id, self.layers), parts, strict=True))
+        part = self.pending.parts.pop(id(layer))
+        if not self.pending.parts:
+            self.pending.x = None
+        return part
+
+# %% ../../nbs/core/adapters.ipynb #ff072e7f
 class LoraLinear(PeftLoraLinear):
-    """peft's LoRA layer, with `LoraProduct` for the ordinary case of one active adapter."""
+    """peft's LoRA layer, with `LoraProduct` for the ordinary case of one active adapter without extras."""
+
+    siblings: Siblings | None = None
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         """Return the layer's output for x [..., in]: [..., out]."""
-        if args or kwargs or not self._is_ordinary():
+        if args or kwargs or self.siblings is None or self.disable_adapters or self.merged:
             return super().forward(x, *args, **kwargs)
-        name = self.active_adapters[0]
-        a, b, scaling = self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
-        out = LoraProduct.apply(x.reshape(-1, x.shape[-1]), self.base_layer.weight, a, b, scaling)
-        return out.view(*x.shape[:-1], -1)
+        return self.siblings.output(self, x)
 
-    def _is_ordinary(self) -> bool:
-        """Say whether exactly one plain adapter without dropout and bias is active."""
-        names = self.active_adapters
-        return (
-            len(names) == 1 and names[0] in self.lora_A and names[0] not in self.lora_variant
-            and not self.disable_adapters and not self.merged
-            and isinstance(self.lora_dropout[names[0]], torch.nn.Identity)
-            and self.base_layer.bias is None and self.lora_B[names[0]].bias is None
-        )
+    def matrices(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return A [rank, in] and B [out, rank]."""
+        return self.lora_A["default"].weight, self.lora_B["default"].weight
+
+
+SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 def add_adapters(model: PreTrainedModel, rank: int, alpha: int) -> PeftModel:
     """Freeze `model` and put trainable float32 matrices of `rank` beside every linear layer except the output layer."""
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
     config._register_custom_module({torch.nn.Linear: LoraLinear})  # peft's documented, experimental way in
-    return get_peft_model(model, config)
+    adapted = get_peft_model(model, config)
+    for module in model.modules():
+        children = {name: child for name, child in module.named_children()
+                    if isinstance(child, LoraLinear) and child.base_layer.bias is None}
+        groups = [names for names in SHARED_INPUT if all(name in children for name in names)]
+        grouped = {name for names in groups for name in names}
+        for names in [*groups, *((name,) for name in children if name not in grouped)]:
+            siblings = Siblings([children[name] for name in names])
+            for layer in siblings.layers:
+                layer.siblings = siblings
+    return adapted

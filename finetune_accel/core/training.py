@@ -69,7 +69,6 @@ class TrainingPlan:
     evaluations: int = 0
     seed: int = 17
     deterministic: bool = False
-    gradient_checkpointing: bool = False
 
     def steps(self, samples: int) -> int:
         """Return the number of optimiser steps for `samples` samples."""
@@ -271,7 +270,7 @@ def trainer_arguments(plan: TrainingPlan, samples: int, output_dir: Path) -> SFT
         weight_decay=0.0,
         logging_steps=max(1, steps // 100),
         logging_nan_inf_filter=False,
-        activation_checkpointing=plan.gradient_checkpointing,
+        activation_checkpointing=False,
         seed=plan.seed,
         full_determinism=plan.deterministic,
         use_cpu=not torch.cuda.is_available(),
