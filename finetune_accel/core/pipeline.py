@@ -154,8 +154,8 @@ def run_engagement(engagement: Engagement, run_dir: Path, first: str | None = No
     """Run an engagement's phases in order and return what was done with each. Raises the error of the phase that stopped it."""
     folder = RunFolder(run_dir)
     wanted = chosen_phases(engagement, first, last)
-    for phase in wanted:
-        engagement.settings(phase, folder.path)  # all settings are checked before the first phase starts
+    for phase in wanted:  # all settings, and that data and models are there, are checked before the first phase starts
+        engagement.settings(phase, folder.path).external_inputs()
     with held(folder):
         (folder.path / "engagement.yaml").write_text(f"# {engagement.path.name}, SHA-256 with overrides: {engagement.digest}\n"
                                                      + engagement.as_yaml())

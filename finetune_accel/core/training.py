@@ -26,34 +26,13 @@ from .adapters import add_adapters
 from .attention import answering
 from .errors import BadInput, PhaseFailed
 from .loss import IGNORED, causal_lm_loss
+from .packing import deal, lay_out_row, row_count, tokens_read
 
 # %% auto #0
-__all__ = ['MAX_ROWS', 'matmul_rate', 'choose_dtype', 'TrainingPlan', 'TrainingResult', 'training_dataset', 'shared_prefix',
-           'lay_out_row', 'tokens_read', 'row_count', 'deal', 'PackedSFTTrainer', 'trainer_arguments', 'train_lora',
+__all__ = ['TrainingPlan', 'TrainingResult', 'training_dataset', 'PackedSFTTrainer', 'trainer_arguments', 'train_lora',
            'training_result', 'peak_memory_gib', 'merge_and_save', 'check_saved']
 
 # %% ../../nbs/core/training.ipynb #bfd99849
-def matmul_rate(dtype: torch.dtype, seconds: float = 0.25, device: str = "cpu") -> float:
-    """Measure matrix multiplication in `dtype`: returns billions of floating-point operations a second (GFLOP/s)."""
-    size = 1024
-    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    left @ right
-    calls, start = 0, time.perf_counter()
-    while time.perf_counter() - start < seconds:
-        left @ right
-        calls += 1
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return 2 * size**3 * calls / (time.perf_counter() - start) / 1e9
-
-
-def choose_dtype() -> tuple[torch.dtype, dict[str, float]]:
-    """Choose bfloat16 if it multiplies faster than float32 here: returns the dtype and both rates in GFLOP/s."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    rates = {name: matmul_rate(getattr(torch, name), device=device) for name in ("float32", "bfloat16")}
-    return (torch.bfloat16 if rates["bfloat16"] > rates["float32"] else torch.float32), rates
-
-# %% ../../nbs/core/training.ipynb #c237efd6
 @dataclass(frozen=True)
 class TrainingPlan:
     """What a LoRA run needs to know besides model and data; `max_steps`, if given, ends it before `epochs` do."""
@@ -95,7 +74,7 @@ class TrainingResult:
     loss: dict[str, float] = field(default_factory=dict)
     history: list[dict[str, float]] = field(default_factory=list)
 
-# %% ../../nbs/core/training.ipynb #7dd71fd5
+# %% ../../nbs/core/training.ipynb #c237efd6
 def training_dataset(samples: Sequence[dict]) -> Dataset:
     """Turn encoded samples (`input_ids`, `completion_mask`) into TRL's columns `input_ids` and `labels`.
 
@@ -111,65 +90,7 @@ def training_dataset(samples: Sequence[dict]) -> Dataset:
                        "check that answers are not empty and that the mask covers them")
     return Dataset.from_dict({"input_ids": [sample["input_ids"] for sample in samples], "labels": labels})
 
-# %% ../../nbs/core/training.ipynb #53be706f
-def shared_prefix(samples: Sequence[dict]) -> int:
-    """Return how many first tokens all samples have in common, ending before any token that bears loss."""
-    if len(samples) < 2:
-        return 0
-    columns = zip(*(zip(sample["input_ids"], sample["labels"], strict=True) for sample in samples), strict=False)
-    same = 0
-    for column in columns:
-        if len({token for token, _ in column}) > 1 or any(label != IGNORED for _, label in column):
-            break
-        same += 1
-    shortest = min(len(sample["input_ids"]) for sample in samples)
-    first_label = min(i for s in samples for i, label in enumerate([*s["labels"], 0]) if label != IGNORED)
-    return max(0, min(same, first_label - 1, shortest - 1))
-
-
-def lay_out_row(samples: Sequence[dict]) -> dict[str, torch.Tensor | int]:
-    """Lay samples end to end in one row [1, tokens] as the `packed` attention reads it: common prefix, then the rests."""
-    prefix = shared_prefix(samples)
-    documents = [{key: value[prefix:] for key, value in sample.items()} for sample in samples]
-    starts = [prefix] * len(samples)
-    if prefix:
-        documents.insert(0, {key: value[:prefix] for key, value in samples[0].items()})
-        starts.insert(0, 0)
-    lengths = [len(document["input_ids"]) for document in documents]
-    positions = [start + i for start, length in zip(starts, lengths, strict=True) for i in range(length)]
-    return {
-        "input_ids": torch.tensor([[token for document in documents for token in document["input_ids"]]]),
-        "labels": torch.tensor([[label for document in documents for label in document["labels"]]]),
-        "position_ids": torch.tensor([positions]),
-        "cu_seq_lens_q": torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32),
-        "shared_prefix": prefix,
-    }
-
-
-def tokens_read(row: dict) -> int:
-    """Return the number of tokens of the samples in a row, a shared prefix counted once for each sample."""
-    samples = len(row["cu_seq_lens_q"]) - 1 - bool(row["shared_prefix"])
-    return row["input_ids"].numel() + row["shared_prefix"] * (samples - 1)
-
-# %% ../../nbs/core/training.ipynb #a518d6e4
-MAX_ROWS = 4
-
-
-def row_count(batch_size: int) -> int:
-    """Return into how many rows a step is split: one a CPU thread, at most four; one on a GPU."""
-    return 1 if torch.cuda.is_available() else min(MAX_ROWS, torch.get_num_threads(), batch_size)
-
-
-def deal(samples: Sequence[dict], rows: int) -> list[list[dict]]:
-    """Split samples into `rows` lists of about equally many tokens."""
-    longest_first = sorted(samples, key=lambda sample: len(sample["input_ids"]), reverse=True)
-    turns = [*range(rows), *reversed(range(rows))]
-    hands = [[] for _ in range(min(rows, len(samples)))]
-    for i, sample in enumerate(longest_first):
-        hands[min(turns[i % len(turns)], len(hands) - 1)].append(sample)
-    return hands
-
-# %% ../../nbs/core/training.ipynb #5ca879b8
+# %% ../../nbs/core/training.ipynb #7dd71fd5
 class PackedSFTTrainer(SFTTrainer):
     """TRL's SFTTrainer on packed rows with the loss of `core.loss`; counts `tokens`, `supervised_tokens` and `seconds`."""
 
@@ -213,7 +134,7 @@ class PackedSFTTrainer(SFTTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Return the mean cross-entropy of the answer's tokens (`return_outputs` is not supported)."""
         if return_outputs:
-            raise NotImplementedError("PackedSFTTrainer computes no logits: evaluate by generating answers")
+            raise ValueError("PackedSFTTrainer computes no logits: evaluate by generating answers")
         return causal_lm_loss(self.accelerator.unwrap_model(model), inputs, num_items_in_batch)
 
     def floating_point_ops(self, inputs: dict) -> int:
@@ -226,7 +147,7 @@ class PackedSFTTrainer(SFTTrainer):
             logs["tokens_per_second"] = self.tokens / self.seconds
         super().log(logs, start_time)
 
-# %% ../../nbs/core/training.ipynb #581053ef
+# %% ../../nbs/core/training.ipynb #72b66a0d
 class _Clock(TrainerCallback):
     """Add up the seconds between a step's begin and its end."""
 
@@ -255,7 +176,7 @@ class _Evaluator(TrainerCallback):
             self.trainer.log(dict(scores))
             control.should_log = wanted  # logging scores must not swallow the loss of the same step
 
-# %% ../../nbs/core/training.ipynb #b2f58be8
+# %% ../../nbs/core/training.ipynb #2cb92150
 def trainer_arguments(plan: TrainingPlan, samples: int, output_dir: Path) -> SFTConfig:
     """Translate a plan into TRL's configuration: nothing cut, no saving, no reporting of its own."""
     steps = plan.steps(samples)
@@ -320,7 +241,7 @@ def train_lora(
     model.set_attn_implementation("sdpa")
     return peft_model.eval(), training_result(trainer, dataset, str(model.dtype).removeprefix("torch."))
 
-
+# %% ../../nbs/core/training.ipynb #a518d6e4
 def training_result(trainer: PackedSFTTrainer, dataset: Dataset, dtype: str) -> TrainingResult:
     """Collect a finished trainer's counts, losses and history."""
     history = [entry for entry in trainer.state.log_history if "train_runtime" not in entry]
@@ -346,7 +267,7 @@ def peak_memory_gib() -> float:
     unit = 1 if sys.platform == "darwin" else 2**10  # macOS counts bytes, Linux KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
-# %% ../../nbs/core/training.ipynb #54b9214d
+# %% ../../nbs/core/training.ipynb #5ca879b8
 def merge_and_save(
     peft_model: PeftModel, tokenizer: PreTrainedTokenizerBase, base_model: str, adapter_dir: Path, merged_dir: Path
 ) -> PreTrainedModel:
