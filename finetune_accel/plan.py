@@ -15,7 +15,7 @@ from .core.settings import PhaseSettings, StrictModel, stated
 
 # %% auto #0
 __all__ = ['READS', 'EXAMPLE_CRITERIA', 'EXAMPLE_DATA', 'EXAMPLE_CANDIDATES', 'EXAMPLE_PREREQUISITES', 'RECOMMENDED_EXAMPLES',
-           'USABLE_SHARE', 'DataSource', 'Candidate', 'Prerequisite', 'PlanSettings', 'open_blockers',
+           'USABLE_SHARE', 'WORKING_GIB', 'DataSource', 'Candidate', 'Prerequisite', 'PlanSettings', 'open_blockers',
            'require_prerequisites', 'data_warnings', 'estimate']
 
 # %% ../nbs/01_plan.ipynb #2fd6883a
@@ -91,6 +91,7 @@ def require_prerequisites(settings: PlanSettings) -> None:
 # %% ../nbs/01_plan.ipynb #e9c02130
 RECOMMENDED_EXAMPLES = 1000
 USABLE_SHARE = 0.5  # of the measured matrix-product rate; what a well-packed small model reaches on a processor
+WORKING_GIB = 4.0  # libraries, activations and the copies made while saving, as measured with the embedded model
 
 
 def data_warnings(settings: PlanSettings) -> list[str]:
@@ -105,6 +106,6 @@ def data_warnings(settings: PlanSettings) -> list[str]:
 def estimate(settings: PlanSettings, operations_per_second: float) -> list[dict]:
     """Return tokens, memory (GiB) and hours of one LoRA epoch for each candidate at a measured matrix-product rate."""
     tokens = sum(source.examples * source.tokens_per_example for source in settings.data_sources)
-    return [{"model": c.model, "tokens": tokens, "memory_gib": round(c.parameters_million * 1e6 * 2 * 3 / 2**30 + 1.5, 1),
+    return [{"model": c.model, "tokens": tokens, "memory_gib": round(c.parameters_million * 1e6 * 2 * 3 / 2**30 + WORKING_GIB, 1),
              "hours": round(4 * c.parameters_million * 1e6 * tokens / (operations_per_second * USABLE_SHARE) / 3600, 2)}
             for c in settings.candidates]
