@@ -22,7 +22,7 @@ from .settings import own_fields
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help="From a company's own data to a fine-tuned model that it can prove is better, serve and operate alone.")
-console = Console()
+console = Console(force_jupyter=False)  # a command line writes text, also where a notebook tries it
 
 # %% auto #0
 __all__ = ['app', 'console', 'Overrides', 'RunDir', 'init', 'check', 'list_phases', 'doctor', 'Screen', 'run', 'show_grid',
