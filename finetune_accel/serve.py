@@ -21,7 +21,8 @@ from .core.errors import PhaseFailed
 from .core.settings import PhaseSettings
 
 # %% auto #0
-__all__ = ['READS', 'ServeSettings', 'free_port', 'wait_until_ready', 'running_server', 'ask_server', 'evaluated_answers']
+__all__ = ['READS', 'ServeSettings', 'free_port', 'wait_until_ready', 'running_server', 'post', 'request_of', 'text_of',
+           'ask_server', 'without_system', 'evaluated_answers']
 
 # %% ../nbs/06_serve.ipynb #9485ecee
 READS = ("train/merged", "evaluate/answers.parquet")
@@ -72,17 +73,38 @@ def running_server(target: Path, log: Path, ready_seconds: float) -> Iterator[st
             server.wait()
 
 # %% ../nbs/06_serve.ipynb #65f7ec28
-def ask_server(url: str, prompt: str, max_tokens: int) -> dict:
-    """Return {answer, seconds, usage} of one greedy chat completion. Raises PhaseFailed for any status but 200."""
-    started = time.monotonic()
-    body = {"messages": [{"role": "user", "content": prompt}], "max_tokens": max_tokens, "temperature": 0}
-    response = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=120)
+def post(url: str, body: dict) -> dict:
+    """Return the JSON answer to a request. Raises PhaseFailed for any status but 200."""
+    response = httpx.post(url, json=body, timeout=120)
     if response.status_code != 200:
         raise PhaseFailed(f"the server answered {response.status_code}: {response.text[:300]}")
-    content = response.json()
-    return {"answer": content["choices"][0]["message"]["content"], "seconds": round(time.monotonic() - started, 3), "usage": content["usage"]}
+    return response.json()
+
+
+def request_of(row: dict, max_tokens: int) -> dict:
+    """Return the greedy request for an evaluated row: its conversation, or its text where there is none."""
+    asked = {"messages": row["messages"]} if row["messages"] else {"prompt": row["prompt"]}
+    return {**asked, "max_tokens": max_tokens, "temperature": 0}
+
+
+def text_of(content: dict) -> str:
+    """Return the text of a chat completion or a text completion."""
+    choice = content["choices"][0]
+    return choice["message"]["content"] if "message" in choice else choice["text"]
+
+
+def ask_server(url: str, row: dict, max_tokens: int) -> dict:
+    """Return {answer, seconds, usage} of one greedy request, to the route that fits the row. Raises PhaseFailed."""
+    started = time.monotonic()
+    content = post(f"{url}/v1/{'chat/' if row['messages'] else ''}completions", request_of(row, max_tokens))
+    return {"answer": text_of(content), "seconds": round(time.monotonic() - started, 3), "usage": content["usage"]}
+
+
+def without_system(row: dict) -> dict:
+    """Return the row as a client sends it that leaves the system prompt to the served model's own template."""
+    return {**row, "messages": [m for m in row["messages"] if m["role"] != "system"]}
 
 
 def evaluated_answers(path: Path, count: int) -> list[dict]:
-    """Return the first `count` answers of the tuned system, as evaluate wrote them."""
-    return [row for row in pq.read_table(path).to_pylist() if row["system"] == "tuned"][:count]
+    """Return the first `count` answers of the tuned system, as evaluate wrote them, without prompts that left no room."""
+    return [row for row in pq.read_table(path).to_pylist() if row["system"] == "tuned" and row["finish"] != "no room"][:count]

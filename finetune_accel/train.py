@@ -11,10 +11,9 @@ from pydantic import Field
 
 from .core.settings import PhaseSettings, Source, stated
 from .core.sources import source_digest
-from .core.template import conversation, encode_sample
 
 # %% auto #0
-__all__ = ['READS', 'TrainSettings', 'encode_rows', 'mask_table']
+__all__ = ['READS', 'TrainSettings']
 
 # %% ../nbs/04_train.ipynb #58359af1
 READS = ("plan/criteria.json", "prepare/train.parquet", "prepare/dev.parquet", "prepare/format.json")
@@ -39,14 +38,3 @@ class TrainSettings(PhaseSettings):
     def external_inputs(self) -> dict[str, str]:
         """The base model's digest."""
         return {"base_model": source_digest(self.base_model)}
-
-# %% ../nbs/04_train.ipynb #c3858f4f
-def encode_rows(tokenizer, rows: list[dict], system_prompt: str | None) -> list[dict]:
-    """Return one {input_ids, completion_mask} a record; raise BadInput for a template that cannot be trained on."""
-    return [encode_sample(tokenizer, conversation(row["prompt"], system_prompt), row["response"]) for row in rows]
-
-
-def mask_table(tokenizer, sample: dict) -> list[dict]:
-    """Return one row a token of an encoded sample: its text and whether it bears loss."""
-    return [{"token": tokenizer.decode([token]), "bears loss": bool(mask)}
-            for token, mask in zip(sample["input_ids"], sample["completion_mask"], strict=True)]

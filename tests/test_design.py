@@ -65,10 +65,13 @@ def test_rule_3_settings_are_the_parameters_cell(phase):
 
 
 def test_rule_4_rows_are_accounted_for_where_they_are_read():
-    from finetune_accel.core.records import Entry, Ledger
+    from collections import Counter
 
-    lost = Ledger([Entry("x", 1, "p", "r", split="train"), Entry("x", 2).set_aside("no: reason", "mend")])
-    assert lost.counts() == {"in": 2, "kept": {"train": 1}, "set_aside": {"no": 1}}
+    from finetune_accel.core.ledger import Counts
+
+    assert Counts(2, Counter(train=1), Counter({"no JSON": 1})).as_dict() == {"in": 2, "kept": {"train": 1}, "set_aside": {"no JSON": 1}}
+    with pytest.raises(AssertionError):
+        Counts(3, Counter(train=1), Counter({"no JSON": 1})).as_dict()  # a row was lost
 
 
 def test_exported_package_is_current(tmp_path):

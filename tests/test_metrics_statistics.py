@@ -13,6 +13,7 @@ from finetune_accel.core.statistics import (
     detectable_difference,
     holm,
     mean_interval,
+    perplexity_interval,
     score_rows,
     sign_flip_p,
     verdict,
@@ -36,7 +37,13 @@ EXACT, VALID, INTENT = (
         ({"metric": "exact_match", "at_least": "0.6"}, "must be a number"),
         ({"metric": "exact_match", "better_than": "champion"}, "'base' or 'base+K'"),
         ({"metric": "exact_match", "atleast": 0.6}, "did you mean `at_least`"),
-        ({"metric": "bleu"}, "'json_valid', 'json_field' or 'exact_match'"),
+        ({"metric": "bleu"}, "'json_valid', 'json_field', 'exact_match' or 'perplexity'"),
+        ({"metric": "perplexity", "at_least": 0.5}, "write `at_most`"),
+        ({"metric": "perplexity", "at_most": 0.0}, "greater than 0"),
+        ({"metric": "perplexity", "at_most": "12"}, "must be a number"),
+        ({"metric": "perplexity", "field": "intent"}, "belongs to json_field only"),
+        ({"metric": "perplexity", "better_than": "base+K"}, "`base` only"),
+        ({"metric": "exact_match", "at_most": 0.5}, "takes `at_least`"),
     ],
 )
 def test_a_bad_criterion_is_refused_with_its_rule(values, words):
@@ -132,6 +139,33 @@ def test_bootstrap_and_p_value_agree_with_the_normal_theory():
     assert bootstrap_difference(difference, np.zeros(400), range(400), seed=3) == interval
     assert sign_flip_p(np.ones(10), np.zeros(10), range(10), seed=0) == pytest.approx(2 / 2**10, abs=1e-3)
     assert sign_flip_p(np.ones(10), np.zeros(10), [0] * 10, seed=0) == 1.0  # one cluster proves nothing
+
+
+def test_perplexity_weighs_by_tokens_and_its_interval_by_clusters():
+    random = np.random.default_rng(0)
+    tokens = random.integers(5, 50, 200)
+    surprise = tokens * random.normal(2.0, 0.5, 200).clip(0.1)
+    value, low, high = perplexity_interval(surprise, tokens, range(200))
+    assert value == pytest.approx(np.exp(surprise.sum() / tokens.sum())) and low < value < high
+    residual = surprise - tokens * np.log(value)  # the ratio's standard error, by the delta method
+    error = np.sqrt((residual**2).sum()) / tokens.sum()
+    assert (np.log(low), np.log(high)) == pytest.approx((np.log(value) - 1.96 * error, np.log(value) + 1.96 * error), abs=0.01)
+    wide = perplexity_interval(surprise, tokens, np.repeat(range(10), 20))
+    assert wide.value == pytest.approx(value)
+    alike = perplexity_interval(np.repeat(surprise[:10], 20), np.repeat(tokens[:10], 20), np.repeat(range(10), 20))
+    ten = perplexity_interval(surprise[:10], tokens[:10], range(10))
+    assert alike == pytest.approx(ten), "twenty copies of an item are one item"
+    with pytest.raises(ValueError, match="no items"):
+        perplexity_interval(np.array([]), np.array([]), [])
+
+
+def test_lower_is_better_where_it_is_said():
+    assert verdict(Interval(-0.2, -0.3, -0.1), 0.01, lower_is_better=True) == "better"
+    assert verdict(Interval(0.2, 0.1, 0.3), 0.01, lower_is_better=True) == "worse"
+    assert verdict(Interval(-0.2, -0.3, 0.1), 0.01, lower_is_better=True) == "not proven"
+    scores = {"tuned": {"p": np.linspace(1, 2, 50)}, "base": {"p": np.linspace(1, 2, 50) + 0.3}}
+    rows = [verdict_rows([("p", "tuned", "base")], scores, range(50), 1, names)[0]["verdict"] for names in ((), ("p",))]
+    assert rows == ["worse", "better"]
 
 
 def test_verdicts():

@@ -25,8 +25,8 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 console = Console(force_jupyter=False)  # a command line writes text, also where a notebook tries it
 
 # %% auto #0
-__all__ = ['app', 'console', 'Overrides', 'RunDir', 'init', 'check', 'list_phases', 'doctor', 'Screen', 'run', 'show_grid',
-           'show_run', 'report', 'serve', 'main']
+__all__ = ['app', 'console', 'Overrides', 'RunDir', 'init', 'check', 'validate_file', 'list_phases', 'doctor', 'Screen', 'run',
+           'show_grid', 'show_run', 'report', 'serve', 'main']
 
 # %% ../../nbs/core/cli.ipynb #bfc8f08e
 @app.command()
@@ -45,6 +45,21 @@ def check(file: str) -> None:
     """Check an engagement file (or shipped name) without running anything."""
     engagement = load_engagement(file)
     console.print(f"{engagement.path.name} is valid: {', '.join(engagement.sections)}", soft_wrap=True)
+
+
+@app.command(name="validate")
+def validate_file(file: str, form: Annotated[str, typer.Option("--as", help="chat, instruction or pretrain")]) -> None:
+    """Check a data file or folder alone: what Databricks' fine-tuning service would say of it, and what we say."""
+    from finetune_accel.core.formats import FORMATS, validate_rows
+    from finetune_accel.core.readers import open_source
+
+    if form not in FORMATS:
+        raise BadInput(f"--as {form}", "is not a form of data", f"use one of: {', '.join(FORMATS)}")
+    opened = open_source(file)
+    verdict = validate_rows(((f"{block.source}:{number}", row) for block in opened.blocks() for number, row in block.rows()), form)
+    console.print("\n".join([opened.said, *verdict.lines()]), soft_wrap=True, markup=False, highlight=False)
+    if not verdict.rows or not verdict.ours_accepts:
+        raise BadInput(file, f"not every row keeps the rules of {form}" if verdict.rows else "has no rows", "mend the rows listed above")
 
 
 @app.command(name="phases")
@@ -81,8 +96,9 @@ class Screen:
         if state == "started":
             self.tasks[phase] = self.progress.add_task(f"[bold]{phase}[/bold]", total=None, note="starting its notebook")
         elif state == "progress":
-            note = f"{facts['label']} {facts['done']}/{facts['total']} {facts['note']}"
-            self.progress.update(self.tasks[phase], completed=facts["done"], total=facts["total"], note=note)
+            of_total = f"/{facts['total']}" if facts["total"] else ""
+            note = f"{facts['label']} {facts['done']}{of_total} {facts['note']}"
+            self.progress.update(self.tasks[phase], completed=facts["done"], total=facts["total"] or None, note=note)
         else:
             if phase in self.tasks:
                 self.progress.remove_task(self.tasks.pop(phase))

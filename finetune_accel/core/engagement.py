@@ -102,8 +102,9 @@ class CommonSettings(StrictModel):
     """The top-level keys of an engagement file beside its phase sections."""
 
     name: str = Field(pattern=r"^[a-z0-9](?:[a-z0-9-]{0,62}[a-z0-9])?$", description="lower-case name with hyphens")
-    approach: Literal["supervised"] = Field("supervised", description="how the model learns")
+    approach: Literal["supervised", "chat", "continued_pretraining"] = Field("supervised", description="how the model learns")
     seed: int = Field(17, ge=0, lt=2**32, description="seed of every random choice")
+    accept_terms: list[str] = Field([], description="licences with terms that you have read and accept")
     tracking_uri: str | None = Field(None, description="MLflow store")
 
 
@@ -111,11 +112,13 @@ def anchored(value: Any, folder: Path) -> Any:
     """Return a relative path that exists beside the engagement file as an absolute one; anything else as it is."""
     if isinstance(value, list):
         return [anchored(item, folder) for item in value]
-    if not isinstance(value, str) or scheme(value) != "path" or len(value) > 1000:
+    if not isinstance(value, str) or scheme(value) not in ("path", "delta") or len(value) > 1000:
         return value
-    path = local_path(value)
+    prefix, name, version = re.fullmatch(r"(?s)(delta:)?(.*?)(@\d+)?", value).groups() if scheme(value) == "delta" else ("", value, "")
+    path = local_path(name)
     beside = folder / path
-    return str(beside.resolve()) if not path.is_absolute() and value.strip() and beside.exists() else value
+    found = not path.is_absolute() and name.strip() and ".." not in path.parts and beside.exists()
+    return f"{prefix}{beside.resolve()}{version or ''}" if found else value
 
 
 @dataclass(frozen=True)
@@ -129,7 +132,7 @@ class Engagement:
 
     def settings(self, phase: Phase, run_dir: Path) -> PhaseSettings:
         """Return the validated settings of `phase` for a run in `run_dir`."""
-        shared = {"name": self.common.name, "seed": self.common.seed, "tracking_uri": self.common.tracking_uri}
+        shared = self.common.model_dump()
         return validate(phase.settings, {**self.sections[phase.name], **shared, "run_dir": str(run_dir)}, phase.name)
 
     def as_yaml(self) -> str:
@@ -186,8 +189,8 @@ def _read_text(path: Path) -> str:
         raise BadInput(f"{path}: byte {error.start}", "must be UTF-8 text", "save the file as UTF-8") from None
 
 
-def _check_section(phase: Phase, section: Any, path: Path) -> dict:
-    """Return a phase's section, validated, with its paths anchored at the engagement file's folder."""
+def _check_section(phase: Phase, section: Any, common: CommonSettings, path: Path) -> dict:
+    """Return a phase's section, validated together with the common keys, with its paths anchored at the engagement file's folder."""
     place, section = path.name, {} if section is None else section
     if not isinstance(section, dict):
         raise BadInput(f"{place}: {phase.name}", "must be a mapping of keys to values", f"write `{phase.name}: {{}}` for the defaults")
@@ -195,7 +198,7 @@ def _check_section(phase: Phase, section: Any, path: Path) -> dict:
     if misplaced := [key for key in section if key in PhaseSettings.model_fields]:
         raise BadInput(f"{place}: {phase.name}.{misplaced[0]}", "stands at the top of the file, not in a phase",
                        "move it to the top" if misplaced[0] != "run_dir" else "use `--run-dir`")
-    validate(phase.settings, section, f"{place}: {phase.name}")
+    validate(phase.settings, {**common.model_dump(), **section}, f"{place}: {phase.name}")
     for key, field in fields.items():
         if (field.json_schema_extra or {}).get("stated") and key not in section:
             raise BadInput(f"{place}: {phase.name}.{key}", f"is required: {field.description}", f"add `{key}: ...`, for "
@@ -219,7 +222,7 @@ def load_engagement(name_or_path: str, overrides: list[str] = ()) -> Engagement:
         raise BadInput(f"{path.name}: {unknown[0]}", "is not a known key",
                        f"did you mean `{near[0]}`?" if near else f"use one of: {', '.join(choices)}")
     common = validate(CommonSettings, common, path.name)
-    sections = {name: _check_section(known[name], content[name], path) for name in known if name in content}
+    sections = {name: _check_section(known[name], content[name], common, path) for name in known if name in content}
     if not sections:
         raise BadInput(path.name, "has no phase section, so nothing would run", "add sections, for example `plan:`")
     for name in sections:

@@ -5,8 +5,10 @@
 # %% ../../nbs/core/errors.ipynb #4dc09239
 from __future__ import annotations
 
+from typing import NamedTuple
+
 # %% auto #0
-__all__ = ['FinetuneAccelError', 'BadInput', 'GateNotMet', 'PhaseFailed']
+__all__ = ['FinetuneAccelError', 'BadInput', 'GateNotMet', 'PhaseFailed', 'Broken']
 
 # %% ../../nbs/core/errors.ipynb #cb17e5d8
 class FinetuneAccelError(Exception):
@@ -39,3 +41,11 @@ class PhaseFailed(FinetuneAccelError):
     """A phase stopped with an error that no rule foresaw; the message says where its notebook is."""
 
     exit_code = 3
+
+# %% ../../nbs/core/errors.ipynb #089f3091
+class Broken(NamedTuple):
+    """Why a row is set aside: the rule in two or three words, what exactly was found, and what to do."""
+
+    rule: str
+    detail: str
+    fix: str

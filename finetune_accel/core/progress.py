@@ -22,9 +22,9 @@ PROGRESS_FILE = "FINETUNE_ACCEL_PROGRESS"
 
 @contextmanager
 def progress(label: str, total: int) -> Iterator[Callable[..., None]]:
-    """Yield `report(done, note="")`, which moves a bar named `label` to `done` of `total` steps."""
+    """Yield `report(done, note="")`, which moves a bar named `label` to `done` of `total` steps (0: nobody knows)."""
     follower = os.environ.get(PROGRESS_FILE)
-    bar = None if follower else tqdm(total=total, desc=label, leave=False)
+    bar = None if follower else tqdm(total=total or None, desc=label, leave=False)
 
     def report(done: int, note: str = "") -> None:
         if bar is not None:

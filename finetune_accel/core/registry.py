@@ -27,15 +27,18 @@ def registered_name(register_to: str, engagement: str) -> str:
     return f"{register_to}.{engagement.replace('-', '_')}"
 
 
-def register_model(tracker: Tracker, model: Any, tokenizer: Any, name: str, metadata: dict) -> dict | None:
-    """Log model and tokenizer as an MLflow chat model and register a version; return {name, version, uri}.
+def register_model(tracker: Tracker, model: Any, tokenizer: Any, name: str, metadata: dict,
+                   approach: str) -> dict | None:
+    """Log model and tokenizer as an MLflow chat model (completions for plain text) and register it: {name, version, uri}.
 
     `metadata` (base model, licence, digests) is kept with the model. Returns None where the store cannot be reached.
     """
+    task = "llm/v1/completions" if approach == "continued_pretraining" else "llm/v1/chat"
+
     def log() -> dict:
         with mlflow.start_run(run_id=tracker.run_id):
             pins = [pin for pin in locked_versions() if pin.split("==")[0] in ("torch", "transformers", "accelerate")]
-            info = mlflow.transformers.log_model({"model": model, "tokenizer": tokenizer}, name="model", task="llm/v1/chat",
+            info = mlflow.transformers.log_model({"model": model, "tokenizer": tokenizer}, name="model", task=task,
                                                  registered_model_name=name, pip_requirements=pins, metadata=metadata)
         return {"name": name, "version": int(info.registered_model_version), "uri": f"models:/{name}/{info.registered_model_version}"}
 

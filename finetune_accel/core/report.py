@@ -17,7 +17,7 @@ from .secrets import redact
 from .sources import KNOWN_PACKAGES, package_pin, scheme
 
 # %% auto #0
-__all__ = ['score_lines', 'verdict_sentences', 'not_shown', 'lineage', 'write_report']
+__all__ = ['SYSTEMS', 'score_lines', 'verdict_sentences', 'systems_compared', 'not_shown', 'lineage', 'write_report']
 
 # %% ../../nbs/core/report.ipynb #023e09c1
 def score_lines(scores: list[dict]) -> list[list[str]]:
@@ -29,7 +29,24 @@ def score_lines(scores: list[dict]) -> list[list[str]]:
     def cell(row: dict | None) -> str:
         return f"{row['value']:.3f} [{row['low']:.3f}, {row['high']:.3f}]" if row else "-"
 
-    return [["system", *criteria], *([system, *(cell(found.get((system, model, c))) for c in criteria)] for system, model in systems)]
+    header = [f"{c} (lower is better)" if c == "perplexity" else c for c in criteria]
+    return [["system", *header], *([system, *(cell(found.get((system, model, c))) for c in criteria)] for system, model in systems)]
+
+
+def _threshold(met: dict) -> str:
+    """Say what was asked of the interval: that it starts at the threshold or above, or for perplexity ends below it."""
+    if met.get("at_most") is not None:
+        return f"at most {met['at_most']} was asked and the interval ends at {met['high']:.3f}"
+    if met["at_least"] is not None:
+        return f"at least {met['at_least']} was asked and the interval starts at {met['low']:.3f}"
+    return "no threshold was set"
+
+
+def _comparison(against: dict) -> str:
+    """Say how the tuned model compares with the baseline that it was to beat."""
+    words = {"better": "better than", "worse": "worse than", "not proven": "not proven to differ from"}
+    unit = ", as log per token (lower is better)" if against["criterion"] == "perplexity" else ""
+    return f"{words[against['verdict']]} {against['against']}: {against['difference']:+.3f} [{against['low']:+.3f}, {against['high']:+.3f}]{unit}"
 
 
 def verdict_sentences(evaluated: dict) -> list[str]:
@@ -37,13 +54,18 @@ def verdict_sentences(evaluated: dict) -> list[str]:
     sentences = []
     for met in evaluated["criteria"]:
         against = next((v for v in evaluated["verdicts"] if v["criterion"] == met["criterion"] and v["against"] == met["better_than"]), None)
-        threshold = (f" at least {met['at_least']} was asked and the interval starts at {met['low']:.3f}" if met["at_least"] is not None else
-                     " no threshold was set")
-        words = {"better": "better than", "worse": "worse than", "not proven": "not proven to differ from"}
-        comparison = (f"; {words[against['verdict']]} {against['against']}: {against['difference']:+.3f} "
-                      f"[{against['low']:+.3f}, {against['high']:+.3f}]" if against else "")
-        sentences.append(f"{'MET' if met['met'] else 'NOT MET'}  {met['criterion']}: {met['value']:.3f},{threshold}{comparison}")
+        comparison = f"; {_comparison(against)}" if against else ""
+        sentences.append(f"{'MET' if met['met'] else 'NOT MET'}  {met['criterion']}: {met['value']:.3f}, {_threshold(met)}{comparison}")
     return sentences
+SYSTEMS = {
+    "base": "the untuned model", "base+K": "the untuned model, told all possible answers and shown K examples",
+    "nearest": "copies the answer of the most similar training prompt",
+    "classical": "TF-IDF and logistic regression, which can only name the label", "tuned": "the fine-tuned model"}
+
+
+def systems_compared(scores: list[dict]) -> list[tuple[str, str]]:
+    """Return (system, what it is) of each system in a score table, in its order."""
+    return [(name, SYSTEMS[name]) for name in dict.fromkeys(row["system"] for row in scores)]
 
 # %% ../../nbs/core/report.ipynb #a0b685c6
 def not_shown(results: dict[str, dict]) -> list[str]:
@@ -94,13 +116,16 @@ def write_report(run: RunFolder) -> Path:
     every = {phase.name: run.result(phase.name) for phase in phases()}
     results = {name: result for name, result in every.items() if result}
     template = (resources.files("finetune_accel") / "report.html.j2").read_text()
+    microscope = run.output("prepare/microscope.html").read_text() if "prepare" in results else ""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    pictures = {"lengths": _picture(run, "prepare/lengths.svg", "Histogram of row lengths in words"),
+    pictures = {"lengths": _picture(run, "prepare/lengths.svg", "Histogram of row lengths in tokens"),
                 "training": _picture(run, "train/training.svg", "Training loss and dev scores over steps"),
                 "scores": _picture(run, "evaluate/scores.svg", "Scores of all systems with 95 percent intervals")}
     evaluated = results.get("evaluate")
     html = environment.from_string(template).render(
-        name=run.path.name, results=every, done=results, pictures=pictures, lineage=lineage(results), not_shown=not_shown(results),
+        name=run.path.name, microscope=microscope, results=every, done=results, pictures=pictures, lineage=lineage(results), not_shown=not_shown(results),
+        approach=next((result["settings"]["approach"] for result in results.values()), "").replace("_", " "),
+        systems=systems_compared(evaluated["scores"]) if evaluated else [],
         table=score_lines(evaluated["scores"]) if evaluated else [], sentences=verdict_sentences(evaluated) if evaluated else [],
         benchmark=score_lines(results["benchmark"]["scores"]) if "benchmark" in results else [], folder=str(run.path))
     path, staged = run.path / "report.html", run.path / ".report.html"

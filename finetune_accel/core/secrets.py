@@ -11,15 +11,27 @@ import re
 __all__ = ['SECRET_PATTERNS', 'SECRET_KEY_NAME', 'find_secret', 'redact']
 
 # %% ../../nbs/core/secrets.ipynb #58b5bedb
+# Every part that can repeat is bounded or starts at one place only: a hostile text of a megabyte must not take minutes.
 SECRET_PATTERNS = {
     "Databricks token": r"\bdapi[0-9a-f]{32}(?:-\d)?\b",
     "Hugging Face token": r"\bhf_[A-Za-z0-9]{30,}\b",
     "OpenAI-style key": r"\bsk-[A-Za-z0-9_-]{20,}\b",
     "AWS access key": r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b",
+    "AWS secret key": r"(?i:aws_?secret_?access_?key)[\"']?\s{0,3}[=:]\s{0,3}[\"']?[A-Za-z0-9/+]{40}(?![A-Za-z0-9/+])",
     "GitHub token": r"\b(?:gh[pousr]_[A-Za-z0-9]{36,}|github_pat_[A-Za-z0-9_]{22,})\b",
-    "private key": r"-----BEGIN [A-Z ]*PRIVATE KEY-----",
-    "JSON web token": r"\beyJ[A-Za-z0-9_-]{10,}\.eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}",
-    "password in a connection string": r"\b[a-z][a-z0-9+.-]*://[^/\s:@]+:[^@\s/]+@",
+    "GitLab token": r"\bglpat-[A-Za-z0-9_-]{20,}",
+    "Slack token": r"\bxox[abeoprs]-[A-Za-z0-9-]{10,}",
+    "Slack webhook": r"\bhooks\.slack\.com/services/T[A-Za-z0-9_]{6,}/B[A-Za-z0-9_]{6,}/[A-Za-z0-9_]{16,}",
+    "Google API key": r"\bAIza[0-9A-Za-z_-]{35}(?![0-9A-Za-z_-])",
+    "Stripe key": r"\b[rs]k_(?:live|test)_[0-9A-Za-z]{16,}\b",
+    "npm token": r"\bnpm_[A-Za-z0-9]{36}\b",
+    "PyPI token": r"\bpypi-AgE[A-Za-z0-9_-]{50,}",
+    "Azure storage key": r"\bAccountKey=[A-Za-z0-9/+]{86}==",
+    "SendGrid key": r"\bSG\.[A-Za-z0-9_-]{22}\.[A-Za-z0-9_-]{43}(?![A-Za-z0-9_-])",
+    # with its body, so that redacting leaves nothing of the key behind
+    "private key": r"-----BEGIN [A-Z ]{0,40}PRIVATE KEY-----(?:(?:[^-]|-(?!----)){0,8000}-----END [A-Z ]{0,40}PRIVATE KEY-----)?",
+    "JSON web token": r"(?<![A-Za-z0-9_-])eyJ[A-Za-z0-9_-]{10,}\.eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}",
+    "password in a connection string": r"\b[a-z][a-z0-9+.-]{0,20}://[^/\s:@]{1,200}:[^@\s/]{1,200}@",
 }
 SECRET_KEY_NAME = re.compile(r"(password|passwd|secret|api_?key|access_?key|auth_?token|^token$|_token$)", re.IGNORECASE)
 

@@ -26,14 +26,15 @@ from starlette.exceptions import HTTPException
 
 from .. import __version__
 from .errors import BadInput
-from .generate import (Generation, Sampling, check_room, context_length, encode, generate,
-                                          load)
+from .generate import Generation, Sampling, check_room, context_length, encode, generate, load
+from .generate import Prompt as GenerationPrompt
 from .settings import StrictModel
 
 # %% auto #0
-__all__ = ['MAX_MESSAGES', 'MAX_INPUTS', 'DEFAULT_MAX_TOKENS', 'Text', 'Prompt', 'Row', 'ERROR_CODES', 'ERROR_TYPES', 'PROBES',
-           'MAX_BODY', 'BODY_SECONDS', 'TOKEN_VARIABLE', 'Message', 'Parameters', 'ChatRequest', 'DataframeSplit',
-           'TableRequest', 'Refused', 'error_response', 'invalid', 'read_body', 'Gate', 'Engine', 'chat_completion',
+__all__ = ['MAX_MESSAGES', 'MAX_INPUTS', 'DEFAULT_MAX_TOKENS', 'Text', 'WrittenText', 'DEFAULT_COMPLETION_TOKENS', 'Prompt',
+           'Row', 'ERROR_CODES', 'ERROR_TYPES', 'PROBES', 'MAX_BODY', 'BODY_SECONDS', 'TOKEN_VARIABLE', 'Message',
+           'Decoding', 'Parameters', 'ChatRequest', 'CompletionRequest', 'DataframeSplit', 'TableRequest', 'Refused',
+           'error_response', 'invalid', 'read_body', 'Gate', 'Engine', 'chat_completion', 'text_completion',
            'create_app', 'is_loopback', 'serve']
 
 # %% ../../nbs/core/server.ipynb #2e5109d4
@@ -60,11 +61,10 @@ class Message(StrictModel):
     content: Text
 
 
-class Parameters(StrictModel):
-    """How to answer. The default temperature is 0 (greedy): the answer is the one that was evaluated."""
+class Decoding(StrictModel):
+    """How to write. The default temperature is 0 (greedy): the answer is the one that was evaluated."""
 
     max_tokens: Optional[int] = Field(None, ge=1, le=1_000_000)
-    max_completion_tokens: Optional[int] = Field(None, ge=1, le=1_000_000)
     temperature: Optional[float] = Field(None, ge=0, le=2)
     top_p: Optional[float] = Field(None, gt=0, le=1)
     seed: Optional[int] = Field(None, ge=-(2**63), lt=2**63)
@@ -73,9 +73,7 @@ class Parameters(StrictModel):
     stream: Optional[Literal[False]] = None
 
     @model_validator(mode="after")
-    def _one_of_each(self) -> Parameters:
-        if self.max_tokens and self.max_completion_tokens and self.max_tokens != self.max_completion_tokens:
-            raise ValueError("max_tokens and max_completion_tokens differ; give one of them")
+    def _stops_are_short(self) -> Decoding:
         if len(self.stops()) > 4 or not all(0 < len(text) <= 200 for text in self.stops()):
             raise ValueError("stop holds at most 4 texts of 1 to 200 characters")
         return self
@@ -89,6 +87,26 @@ class Parameters(StrictModel):
         top_p = 1.0 if self.top_p is None else self.top_p
         return Sampling(self.temperature or 0.0, top_p, self.seed)
 
+    def length(self, room: int) -> int:
+        """Return how many tokens may be written where the context has `room` for so many."""
+        return self.max_tokens or min(DEFAULT_MAX_TOKENS, room)
+
+
+class Parameters(Decoding):
+    """How to answer: `max_completion_tokens` is the newer name of `max_tokens` in chats."""
+
+    max_completion_tokens: Optional[int] = Field(None, ge=1, le=1_000_000)
+
+    @model_validator(mode="after")
+    def _one_of_each(self) -> Parameters:
+        if self.max_tokens and self.max_completion_tokens and self.max_tokens != self.max_completion_tokens:
+            raise ValueError("max_tokens and max_completion_tokens differ; give one of them")
+        return self
+
+    def length(self, room: int) -> int:
+        """Return how many tokens may be written where the context has `room` for so many."""
+        return self.max_completion_tokens or super().length(room)
+
 
 class ChatRequest(Parameters):
     """The body of /v1/chat/completions; `user` is accepted as a label of the caller and not used."""
@@ -98,6 +116,26 @@ class ChatRequest(Parameters):
     user: Optional[str] = None
 
 # %% ../../nbs/core/server.ipynb #e35ac0fd
+WrittenText = Annotated[Text, Field(min_length=1)]
+DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
+
+
+class CompletionRequest(Decoding):
+    """The body of /v1/completions; `user` is accepted as a label of the caller and not used."""
+
+    prompt: Union[WrittenText, Annotated[list[WrittenText], Field(min_length=1, max_length=MAX_INPUTS)]]
+    model: Optional[str] = None
+    user: Optional[str] = None
+
+    def prompts(self) -> list[str]:
+        """Return the texts to go on with."""
+        return [self.prompt] if isinstance(self.prompt, str) else self.prompt
+
+    def length(self, room: int) -> int:
+        """Return how many tokens may be written where the context has `room` for so many."""
+        return self.max_tokens or min(DEFAULT_COMPLETION_TOKENS, room)
+
+# %% ../../nbs/core/server.ipynb #93f56fdb
 Prompt = Union[Text, list[Message]]
 Row = Annotated[list[Prompt], Field(min_length=1, max_length=1)]
 
@@ -120,7 +158,7 @@ class TableRequest(StrictModel):
     @model_validator(mode="after")
     def _one_table(self) -> TableRequest:
         if (self.inputs is None) == (self.dataframe_split is None):
-            raise ValueError("give exactly one of messages, inputs and dataframe_split")
+            raise ValueError("give exactly one of messages, prompt, inputs and dataframe_split")
         return self
 
     def conversations(self) -> list[list[dict]]:
@@ -129,7 +167,7 @@ class TableRequest(StrictModel):
         return [[{"role": "user", "content": prompt}] if isinstance(prompt, str) else
                 [message.model_dump() for message in prompt] for prompt in prompts]
 
-# %% ../../nbs/core/server.ipynb #93f56fdb
+# %% ../../nbs/core/server.ipynb #1d5b4538
 ERROR_CODES = {400: "INVALID_PARAMETER_VALUE", 401: "UNAUTHENTICATED", 404: "RESOURCE_DOES_NOT_EXIST",
                413: "INVALID_PARAMETER_VALUE", 429: "REQUEST_LIMIT_EXCEEDED", 500: "INTERNAL_ERROR"}
 ERROR_TYPES = {401: "authentication_error", 429: "rate_limit_error", 500: "server_error"}
@@ -169,7 +207,7 @@ def invalid(errors: list[dict]) -> Refused:
         rule = f"is not supported by this server; it takes {first['ctx']['expected']}"
     return Refused(400, f"{field}: {rule}" if field else rule, field)
 
-# %% ../../nbs/core/server.ipynb #1d5b4538
+# %% ../../nbs/core/server.ipynb #401e58a9
 PROBES = {"/healthz", "/readyz", "/ping"}
 MAX_BODY = 1024 * 1024
 BODY_SECONDS = 30
@@ -221,7 +259,7 @@ class Gate:
 
         await self.app(scope, replay, send)
 
-# %% ../../nbs/core/server.ipynb #044ea3aa
+# %% ../../nbs/core/server.ipynb #b0e1f7ef
 class Engine:
     """One model behind one thread and a bounded queue."""
 
@@ -230,46 +268,65 @@ class Engine:
         self.waiting, self.pending = waiting, 0
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
 
-    def answer(self, conversations: list[list[dict]], wanted: Parameters, place: str) -> list[Generation]:
+    def answer(self, asked: list[GenerationPrompt], wanted: Decoding, place: str) -> list[Generation]:
         """Generate in the engine's thread. Raises BadInput for what does not fit the context."""
-        prompts = [encode(self.tokenizer, c, place) for c in conversations]
-        room = max(context_length(self.model) - max(map(len, prompts)), 1)
-        length = wanted.max_tokens or wanted.max_completion_tokens or min(DEFAULT_MAX_TOKENS, room)
+        prompts = [encode(self.tokenizer, one, place) for one in asked]
+        length = wanted.length(max(context_length(self.model) - max(map(len, prompts)), 1))
         for prompt in prompts:
             check_room(self.model, prompt, length, place)
-        return generate(self.model, self.tokenizer, conversations, length, sampling=wanted.sampling(),
+        return generate(self.model, self.tokenizer, asked, length, sampling=wanted.sampling(),
                         stop=wanted.stops())
 
-    async def ask(self, conversations: list[list[dict]], wanted: Parameters, place: str) -> list[Generation]:
+    async def ask(self, asked: list[GenerationPrompt], wanted: Decoding, place: str) -> list[Generation]:
         """Wait for the answers. Raises Refused: 429 for a full queue, 400 for what cannot be answered."""
         if self.pending > self.waiting:
             raise Refused(429, "the queue is full, try again later", code="rate_limit_exceeded")
         self.pending += 1
         loop = asyncio.get_running_loop()
         try:
-            return await loop.run_in_executor(self.thread, self.answer, conversations, wanted, place)
+            return await loop.run_in_executor(self.thread, self.answer, asked, wanted, place)
         except BadInput as error:
             raise Refused(400, f"{error.place}: {error.rule}", place) from None
         finally:
             self.pending -= 1
 
-# %% ../../nbs/core/server.ipynb #ea877358
+# %% ../../nbs/core/server.ipynb #24afb817
+def _usage(answers: list[Generation]) -> dict:
+    prompt, written = sum(a.prompt_tokens for a in answers), sum(a.completion_tokens for a in answers)
+    return {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}
+
+
 def chat_completion(model_name: str, answer: Generation) -> dict:
     """Return `answer` as OpenAI's chat.completion object."""
-    usage = {"prompt_tokens": answer.prompt_tokens, "completion_tokens": answer.completion_tokens,
-             "total_tokens": answer.prompt_tokens + answer.completion_tokens}
     choice = {"index": 0, "message": {"role": "assistant", "content": answer.text},
               "finish_reason": answer.finish_reason, "logprobs": None}
     return {"id": f"chatcmpl-{uuid.uuid4().hex}", "object": "chat.completion", "created": int(time.time()),
-            "model": model_name, "choices": [choice], "usage": usage}
+            "model": model_name, "choices": [choice], "usage": _usage([answer])}
+
+
+def text_completion(model_name: str, answers: list[Generation]) -> dict:
+    """Return `answers`, one a prompt, as OpenAI's text_completion object."""
+    choices = [{"index": i, "text": answer.text, "finish_reason": answer.finish_reason, "logprobs": None}
+               for i, answer in enumerate(answers)]
+    return {"id": f"cmpl-{uuid.uuid4().hex}", "object": "text_completion", "created": int(time.time()),
+            "model": model_name, "choices": choices, "usage": _usage(answers)}
+
+
+def _check_name(asked: Optional[str], served: str) -> None:
+    if asked not in (None, served):
+        raise Refused(404, f"the model {asked!r} does not exist; this server has {served!r}",
+                      "model", "model_not_found")
 
 
 async def _chat(engine: Engine, model_name: str, request: ChatRequest) -> dict:
-    if request.model not in (None, model_name):
-        raise Refused(404, f"the model {request.model!r} does not exist; this server has {model_name!r}",
-                      "model", "model_not_found")
+    _check_name(request.model, model_name)
     conversation = [message.model_dump() for message in request.messages]
     return chat_completion(model_name, (await engine.ask([conversation], request, "messages"))[0])
+
+
+async def _complete(engine: Engine, model_name: str, request: CompletionRequest) -> dict:
+    _check_name(request.model, model_name)
+    return text_completion(model_name, await engine.ask(request.prompts(), request, "prompt"))
 
 
 def _generation_routes(app: FastAPI, engine: Engine, model_name: str) -> None:
@@ -277,10 +334,16 @@ def _generation_routes(app: FastAPI, engine: Engine, model_name: str) -> None:
     async def chat_completions(request: ChatRequest) -> dict:
         return await _chat(engine, model_name, request)
 
+    @app.post("/v1/completions")
+    async def completions(request: CompletionRequest) -> dict:
+        return await _complete(engine, model_name, request)
+
     @app.post("/invocations")
     async def invocations(body: dict[str, Any] = Body()) -> dict:
         if "messages" in body:
             return await _chat(engine, model_name, ChatRequest.model_validate(body))
+        if "prompt" in body:
+            return await _complete(engine, model_name, CompletionRequest.model_validate(body))
         table = TableRequest.model_validate(body)
         answers = await engine.ask(table.conversations(), table.params, "inputs")
         return {"predictions": [answer.text for answer in answers]}
@@ -307,7 +370,7 @@ def _description_routes(app: FastAPI, model_name: str) -> None:
     async def version() -> str:
         return __version__
 
-# %% ../../nbs/core/server.ipynb #b0e1f7ef
+# %% ../../nbs/core/server.ipynb #4ffa23a4
 def _error_handlers(app: FastAPI) -> None:
     """Answer every error in the shape of its path, and never with internals."""
 
@@ -345,7 +408,7 @@ def create_app(model_dir: str | Path, model_name: str, token: Optional[str] = No
     app.add_middleware(Gate, token=token)
     return app
 
-# %% ../../nbs/core/server.ipynb #24afb817
+# %% ../../nbs/core/server.ipynb #d50cdb37
 TOKEN_VARIABLE = "FINETUNE_ACCEL_TOKEN"
 
 

