@@ -38,7 +38,7 @@ def make_rows(path: Path, count: int) -> int:
     with open(path, "w") as file:
         for _ in range(count):
             messages = []
-            while sum(len(m["content"]) for m in messages) < 700:
+            while sum(len(m["content"]) for m in messages) < 350:
                 talk = rng.choice(talks)
                 start = 2 * rng.randrange(max(1, len(talk) // 2 - 2))
                 messages += talk[start:start + 2 * rng.randrange(2, 6)]
@@ -48,7 +48,8 @@ def make_rows(path: Path, count: int) -> int:
 
 def prepare(source: str, folder: Path, engine: str, send) -> None:
     """Prepare `source` into `folder` and send the seconds of each step."""
-    from finetune_accel.core.ledger import decide, write_all
+    from finetune_accel.core.decisions import decide
+    from finetune_accel.core.ledger import write_all
     from finetune_accel.core.splits import SplitSettings
     from finetune_accel.prepare import PrepareSettings, check_rows, find_leaks, leak_counts, open_all, row_rules
 

@@ -12,12 +12,13 @@ from typing import Literal, Optional
 import numpy as np
 from pydantic import Field, model_validator
 
+from .core.blocks import Opened
+from .core.decisions import Checked, Decided, nothing_usable
+from .core.engines import check_blocks, check_in_spark
 from .core.errors import BadInput, GateNotMet
 from .core.formats import Form
 from .core.leaks import Overlap, overlap
-from .core.ledger import Checked, Decided, check_blocks, check_in_spark, nothing_usable
 from .core.models import resolve_model
-from .core.blocks import Opened
 from .core.readers import open_source
 from .core.rows import RowRules
 from .core.settings import PhaseSettings, SafePath, Source, stated

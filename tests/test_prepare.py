@@ -14,7 +14,8 @@ import pytest
 from conftest import finetune_accel, write_workspace
 
 from finetune_accel.core.errors import BadInput
-from finetune_accel.core.ledger import decide, write_all
+from finetune_accel.core.decisions import decide
+from finetune_accel.core.ledger import write_all
 from finetune_accel.core.splits import SplitSettings
 from finetune_accel.prepare import PrepareSettings, check_rows, find_leaks, leak_counts, open_all, row_rules
 from tiny import tiny_model
@@ -340,14 +341,14 @@ def test_spark_and_local_give_the_same_rows(kind, model, tmp_path):
 
 
 def test_many_blocks_in_workers_give_the_same_rows_as_few_here(model, tmp_path, monkeypatch):
-    from finetune_accel.core import ledger
+    from finetune_accel.core import engines
 
     rows = [{"prompt": text, "response": f"answer {i}"} for i, text in enumerate(sentences(9000, random.Random(4)))]
     (tmp_path / "rows.jsonl").write_bytes(lines(*rows))
-    monkeypatch.setattr(ledger, "IN_PROCESS", 2)
+    monkeypatch.setattr(engines, "IN_PROCESS", 2)
     workers = Prepared(model, tmp_path / "workers", tmp_path / "rows.jsonl")
-    assert len(workers.checked.files) > ledger.IN_PROCESS
-    monkeypatch.setattr(ledger, "IN_PROCESS", 10**6)
+    assert len(workers.checked.files) > engines.IN_PROCESS
+    monkeypatch.setattr(engines, "IN_PROCESS", 10**6)
     here = Prepared(model, tmp_path / "here", tmp_path / "rows.jsonl")
     assert same_rows(workers, here) 
 

@@ -83,7 +83,7 @@ def test_planted_leaks_are_found_and_nothing_else(tmp_path):
     assert {pair["test_row"] for pair in worst_pairs(found, 100)} == set(originals)
 
 
-@pytest.mark.parametrize("texts", [[], ["one row"], [""] * 5, ["the same row again"] * 100_000,
+@pytest.mark.parametrize("texts", [[], ["one row"], [""] * 5, ["the same row again"] * 30_000,
                                    ["long " * 200_000, "x", "long " * 200_000], ["\ud800 lone", "\0", "日本語のテキスト"]],
                          ids=["none", "one", "empty", "all equal", "a megabyte", "odd characters"])
 def test_degenerate_data_ends(tmp_path, texts):
@@ -118,7 +118,7 @@ def test_small_chunks_and_pruning_find_the_same(tmp_path, monkeypatch):
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.text(alphabet="abc é\n", max_size=40), max_size=30), st.sampled_from([0.6, 0.85, 1.0]))
 def test_every_reported_pair_is_one(tmp_path_factory, texts, at_least):
-    bands = write_bands(tmp_path_factory.mktemp("bands"), texts)
+    bands = write_bands(tmp_path_factory.mktemp("bands"), texts, files=1)
     found = near_duplicates(bands, streamed(texts), np.ones(len(texts), bool), at_least)
     for row, other, score in zip(*found, strict=True):
         assert other < row
@@ -126,8 +126,8 @@ def test_every_reported_pair_is_one(tmp_path_factory, texts, at_least):
 
 
 def test_recall_against_brute_force(tmp_path):
-    draw, texts = random.Random(4), sentences(400, words=16)
-    for _ in range(800):
+    draw, texts = random.Random(4), sentences(300, words=16)
+    for _ in range(600):
         text = draw.choice(texts)
         for _ in range(draw.randint(1, 2)):
             text = edited(text, draw)

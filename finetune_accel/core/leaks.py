@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 
 import numpy as np
@@ -42,8 +43,8 @@ def passages(text: str) -> np.ndarray:
 
 def whole(text: str) -> int:
     """Return the hash of the whole text, case and white space made equal."""
-    text = normalise(text)
-    return int(hash_substrings(text, np.array([0]), np.array([len(text)]))[0])
+    digest = blake2b(normalise(text).encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
 
 
 def _tick(known: np.ndarray, values: np.ndarray, ticked: np.ndarray) -> None:

@@ -9,7 +9,7 @@ import functools
 import hashlib
 import json
 from dataclasses import dataclass
-from typing import Any, Iterator
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +17,7 @@ import pyarrow as pa
 from .checks import check_content
 from .errors import Broken
 from .formats import Form, to_record
+from .lengths import fit
 from .models import load_tokenizer
 from .blocks import Block
 from .similarity import BANDS, signatures
@@ -24,8 +25,7 @@ from .splits import moment, number_of
 from .template import ControlTokens, control_tokens, token_counts
 
 # %% auto #0
-__all__ = ['MESSAGES', 'BAND_COLUMNS', 'CHECKED', 'RowRules', 'text_pieces', 'fit', 'said', 'fingerprint', 'check_row',
-           'check_block']
+__all__ = ['MESSAGES', 'BAND_COLUMNS', 'CHECKED', 'RowRules', 'said', 'fingerprint', 'check_row', 'check_block']
 
 # %% ../../nbs/core/rows.ipynb #e964d969
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
@@ -61,104 +61,6 @@ def _tools(model_folder: str) -> tuple[Any, ControlTokens]:
     return tokenizer, ControlTokens(control_tokens(tokenizer))
 
 # %% ../../nbs/core/rows.ipynb #fb3cc387
-def text_pieces(tokenizer: Any, text: str, room: int) -> list[str]:
-    """Cut `text` before a blank into pieces of at most about `room` tokens; joined they are the text again."""
-    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-    starts, pieces, position = np.array([start for start, _ in offsets]), [], 0
-    while (token := int(np.searchsorted(starts, position))) + room < len(starts):
-        end = int(starts[token + room])
-        blank = max(text.rfind(" ", position, end), text.rfind("\n", position, end))
-        end = blank if blank > position + (end - position) // 2 else max(end, position + 1)
-        pieces.append(text[position:end])
-        position = end
-    return [*pieces, text[position:]]
-
-
-def _fitted_pieces(tokenizer: Any, record: dict, most: int) -> list[dict]:
-    """Split a text record; the room shrinks until every piece, with its special tokens, fits."""
-    for room in range(most - 2, 0, -8):
-        texts = text_pieces(tokenizer, record["response"], room)
-        parts = [{**record, "response": text, "last": record["last"] and i == len(texts) - 1} for i, text in enumerate(texts)]
-        if max(token_counts(tokenizer, parts)) <= most:
-            return parts
-    return []
-
-
-def _exchanges(messages: list[dict]) -> tuple[list[dict], list[list[dict]]]:
-    """Return the system message, if any, and the (user, assistant) pairs."""
-    system = messages[:1] if messages[0]["role"] == "system" else []
-    turns = messages[len(system):]
-    return system, [turns[i:i + 2] for i in range(0, len(turns), 2)]
-
-
-def _with_messages(record: dict, messages: list[dict]) -> dict:
-    return {**record, "messages": messages, "prompt": messages[-2]["content"], "response": messages[-1]["content"]}
-
-
-def _pair_tokens(tokenizer: Any, record: dict, system: list[dict], pairs: list[list[dict]]) -> tuple[int, list[int]]:
-    """Return (tokens that every conversation has, tokens that each pair adds); exact where a template adds pair by pair."""
-    alone = token_counts(tokenizer, [_with_messages(record, [*system, *pair]) for pair in pairs])
-    if len(pairs) < 2:
-        return 0, alone
-    always = alone[0] + alone[1] - token_counts(tokenizer, [_with_messages(record, [*system, *pairs[0], *pairs[1]])])[0]
-    return always, [count - always for count in alone]
-
-
-def _split_chat(tokenizer: Any, record: dict, most: int) -> list[dict]:
-    """Split a conversation into as few as fit, in order; empty if one exchange alone does not fit."""
-    system, pairs = _exchanges(record["messages"])
-    always, tokens = _pair_tokens(tokenizer, record, system, pairs)
-    for room in range(most - always, 0, -8):
-        groups, left = [], 0
-        for pair, count in zip(pairs, tokens):
-            if count > left:
-                groups, left = [*groups, []], room
-            groups[-1] += pair
-            left -= count
-        parts = [_with_messages(record, [*system, *group]) for group in groups]
-        if max(token_counts(tokenizer, parts)) <= most:
-            return parts
-        if max(tokens) > room:
-            return []
-    return []
-
-
-def _shortened(tokenizer: Any, record: dict, most: int) -> dict | None:
-    """Drop the oldest exchanges, then the beginning of the last question, until the record fits; None if it cannot."""
-    system, pairs = _exchanges(record["messages"])
-    always, tokens = _pair_tokens(tokenizer, record, system, pairs)
-    while len(pairs) > 1 and always + sum(tokens) > most:
-        pairs, tokens = pairs[1:], tokens[1:]
-    record = _with_messages(record, [*system, *sum(pairs, [])])
-    while (excess := token_counts(tokenizer, [record])[0] - most) > 0:
-        asked = record["messages"][-2]["content"]
-        offsets = tokenizer(asked, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-        if len(offsets) <= excess:
-            return None
-        question = {"role": "user", "content": asked[offsets[excess][0]:]}
-        if not question["content"].strip():
-            return None
-        record = _with_messages(record, [*record["messages"][:-2], question, record["messages"][-1]])
-    return record
-
-
-def fit(tokenizer: Any, record: dict, tokens: int, rules: RowRules) -> list[dict] | Broken:
-    """Return the record, or what `rules.too_long` makes of one with more than `rules.max_tokens` tokens."""
-    if tokens <= rules.max_tokens:
-        return [record]
-    parts: list[dict] = []
-    if rules.too_long == "split":
-        parts = (_split_chat if record["messages"] else _fitted_pieces)(tokenizer, record, rules.max_tokens)
-    elif rules.too_long == "truncate" and record["messages"]:
-        shorter = _shortened(tokenizer, record, rules.max_tokens)
-        parts = [shorter] if shorter else []
-    elif rules.too_long == "truncate":
-        parts = [{**part, "last": False} for part in _fitted_pieces(tokenizer, record, rules.max_tokens)[:1]]
-    what = "set aside" if rules.too_long == "set_aside" else "and what must stay whole does not fit"
-    return parts or Broken("too long", f"{tokens:,} tokens with the template, at most {rules.max_tokens:,}; {what}",
-                           "shorten it, raise max_tokens, or set too_long to truncate or split")
-
-# %% ../../nbs/core/rows.ipynb #2e9df22c
 def _content(record: dict, form: Form) -> list:
     """Return what the id stands for: the customer's content, without the system prompt that we add."""
     if form.approach == "supervised":
@@ -198,7 +100,7 @@ def _raw(row: Any) -> str:
     except (ValueError, RecursionError):
         return ""
 
-
+# %% ../../nbs/core/rows.ipynb #2e9df22c
 def check_row(row: dict | Broken, rules: RowRules, control: ControlTokens) -> tuple[dict, dict] | Broken:
     """Return (record with its fingerprint, findings) or why the row is set aside."""
     if isinstance(row, Broken):
@@ -228,7 +130,7 @@ def _aside(place: dict, row: Any, broken: Broken, findings: dict) -> dict:
 
 
 def _lines(place: dict, row: Any, record: dict, findings: dict, tokens: int, rules: RowRules, tokenizer: Any) -> list[dict]:
-    parts = fit(tokenizer, record, tokens, rules)
+    parts = fit(tokenizer, record, tokens, rules.max_tokens, rules.too_long)
     if isinstance(parts, Broken):
         return [_aside(place, row, parts, findings)]
     counts = [tokens] if parts[0] is record else token_counts(tokenizer, parts)

@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -171,19 +171,47 @@ def _held(stream: Iterator[tuple[int, str]]) -> Iterator[dict[int, str]]:
         yield held
 
 
+class _Shingles:
+    """Shingles by row, kept while the row has pairs left (`left`: row -> pairs in which it is the other row)."""
+
+    def __init__(self, left: dict[int, int]) -> None:
+        self.left, self.kept, self.size = left, {}, 0
+
+    def of(self, row: int, text: str) -> np.ndarray:
+        """Return the row's shingles; keep them, if pairs are left and there is room."""
+        found = self.kept.get(row)
+        if found is None:
+            found = shingles(text)
+            if self.left.get(row, 0) > 0 and self.size + found.nbytes <= HELD_BYTES:
+                self.kept[row] = found
+                self.size += found.nbytes
+        return found
+
+    def done(self, other: int) -> None:
+        """Count one pair of the other row as done."""
+        self.left[other] -= 1
+        if not self.left[other] and other in self.kept:
+            self.size -= self.kept.pop(other).nbytes
+
+
 def verify(rows: np.ndarray, others: np.ndarray, texts: Texts) -> np.ndarray:
     """Return the exact Jaccard similarity (float32) of each pair (row, other row); pairs must be sorted by other row."""
     scores = np.zeros(len(rows), np.float32)
     for held in _held(texts(np.unique(others))):
         begin, end = np.searchsorted(others, [min(held), max(held) + 1])
-        shingles_held = lru_cache(maxsize=256)(lambda other, held=held: shingles(held[other]))
+        kept = _Shingles(Counter(others[begin:end].tolist()))
         order = begin + np.argsort(rows[begin:end], kind="stable")
         at = 0
         for row, text in texts(np.unique(rows[begin:end])):
-            mine = shingles(text)
+            mine = None
             while at < len(order) and rows[order[at]] == row:
                 other = int(others[order[at]])
-                scores[order[at]] = 1 if held[other] == text else jaccard(mine, shingles_held(other))
+                if held[other] == text:
+                    scores[order[at]] = 1
+                else:
+                    mine = kept.of(row, text) if mine is None else mine
+                    scores[order[at]] = jaccard(mine, kept.of(other, held[other]))
+                kept.done(other)
                 at += 1
     return scores
 
