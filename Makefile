@@ -1,12 +1,13 @@
 # make demo   a fresh machine with Python 3.11 to the verdict on the shipped engagement
 # make test   notebooks and package in sync, notebook examples, pytest
 # make lab    open the notebooks
+# make slow   the tests that make test leaves out (Spark again, killed; Gemma)
 # make benchmark, make scale   speed beside others, a million rows; results are files in benchmarks/
 # make sync   after editing a notebook: export the package, the parameters cells and README.md
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lab sync benchmark scale clean
+.PHONY: demo test slow lab sync benchmark scale clean
 
 demo: .venv/.installed
 	$(BIN)/finetune-accel run home-intents
@@ -14,7 +15,10 @@ demo: .venv/.installed
 test: .venv/.installed-dev
 	$(BIN)/python -m pytest -q tests/test_design.py
 	$(BIN)/nbdev_test --path nbs/core --n_workers 2
-	$(BIN)/python -m pytest -q --ignore=tests/test_design.py tests
+	$(BIN)/python -m pytest -q --durations=12 -m "not slow" --ignore=tests/test_design.py tests
+
+slow: .venv/.installed-dev
+	$(BIN)/python -m pytest -q -m slow tests
 
 lab: .venv/.installed
 	$(BIN)/jupyter lab nbs

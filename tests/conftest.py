@@ -29,6 +29,10 @@ serve: {parity_prompts: 1}
 """
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: left out of `make test`; `make slow` runs them")
+
+
 def finetune_accel(*arguments, cwd, code=0, **environment):
     """Run the command line as a process of its own and return its output; the exit code must be `code`."""
     done = subprocess.run([sys.executable, "-m", "finetune_accel.core.cli", *map(str, arguments)], cwd=cwd, text=True,

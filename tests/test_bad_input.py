@@ -1,5 +1,4 @@
 """Fifty-odd bad engagement files and parameters: exit 2, one message that names the place, the rule and the fix."""
-import json
 import re
 import sys
 

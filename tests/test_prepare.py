@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -315,7 +314,7 @@ def same_rows(one: Prepared, other: Prepared) -> bool:
         sorted(one.records, key=lambda r: r["id"]) == sorted(other.records, key=lambda r: r["id"])
 
 
-@pytest.mark.parametrize("kind", ["parquet", "delta"])
+@pytest.mark.parametrize("kind", ["parquet", pytest.param("delta", marks=pytest.mark.slow)])
 def test_spark_and_local_give_the_same_rows(kind, model, tmp_path):
     pytest.importorskip("pyspark", reason="install the [spark] extra")
     rng = random.Random(3)
@@ -353,7 +352,7 @@ def test_many_blocks_in_workers_give_the_same_rows_as_few_here(model, tmp_path, 
     assert same_rows(workers, here) 
 
 
-@pytest.mark.parametrize("engine", ["local", "spark"])
+@pytest.mark.parametrize("engine", ["local", pytest.param("spark", marks=pytest.mark.slow)])
 def test_killed_halfway_a_rerun_loses_and_doubles_nothing(engine, tmp_path):
     """kill -9 while rows are being checked; the same command then gives what an uninterrupted run gives."""
     folder = write_workspace(tmp_path)

