@@ -49,9 +49,10 @@ def make_rows(path: Path, count: int) -> int:
 def prepare(source: str, folder: Path, engine: str, send) -> None:
     """Prepare `source` into `folder` and send the seconds of each step."""
     from finetune_accel.core.decisions import decide
+    from finetune_accel.core.leaks import leak_counts
     from finetune_accel.core.ledger import write_all
     from finetune_accel.core.splits import SplitSettings
-    from finetune_accel.prepare import PrepareSettings, check_rows, find_leaks, leak_counts, open_all, row_rules
+    from finetune_accel.prepare import PrepareSettings, check_rows, find_leaks, open_all, row_rules
 
     settings = PrepareSettings(**{**SETTINGS, "split": SplitSettings(**SETTINGS["split"])}, source=source, engine=engine)
     folder.mkdir()

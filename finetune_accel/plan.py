@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from .core.errors import BadInput, GateNotMet
+from .core.errors import GateNotMet
 from .core.metrics import Criterion, check_criteria
 from .core.settings import PhaseSettings, StrictModel, stated
 

@@ -27,7 +27,7 @@ from .core.splits import SPLITS, SplitSettings
 
 # %% auto #0
 __all__ = ['READS', 'PrepareSettings', 'context_of', 'row_rules', 'open_all', 'check_rows', 'find_leaks', 'group_counts',
-           'leak_counts', 'pairs_with_texts', 'require_no_leak', 'licence_of']
+           'require_no_leak', 'licence_of']
 
 # %% ../nbs/02_prepare.ipynb #d8f8b4b0
 READS = ()
@@ -119,22 +119,6 @@ def group_counts(checked: Checked, decided: Decided) -> dict[str, int]:
     used = checked.column("kept") & (decided.decision == 0)
     groups = checked.column("group_number")
     return {name: len(np.unique(groups[used & (decided.side == side)])) for side, name in enumerate(SPLITS)}
-
-
-def leak_counts(leaks: Overlap) -> dict[str, int]:
-    """Return how many test rows overlap with training, and in which way."""
-    passages, near = leaks.grams13 >= 0.5, leaks.jaccard > 0
-    return {"asked": len(leaks.rows), "same text as a training row": int(leaks.exact.sum()),
-            "half of its 13-word passages in training": int(passages.sum()), "5-gram Jaccard of 0.8 or more": int(near.sum()),
-            "any of these": int((leaks.exact | passages | near).sum())}
-
-
-def pairs_with_texts(checked: Checked, pairs: list[dict]) -> list[dict]:
-    """Add to each pair of `worst_pairs` the two texts, the first 200 characters of each."""
-    lines = np.unique([line for pair in pairs for line in (pair["test_row"], pair["train_row"]) if line >= 0]).astype(int)
-    texts = dict(checked.texts(lines))
-    return [{"test": texts[pair["test_row"]][:200], "train": texts.get(pair["train_row"], "")[:200],
-             **{key: pair[key] for key in ("exact", "jaccard", "grams13")}} for pair in pairs]
 
 
 def require_no_leak(counts: dict[str, int], at_most: float | None) -> None:

@@ -169,3 +169,11 @@ def test_speed():
     start, form = time.perf_counter(), Form("chat")
     assert all(isinstance(to_record(row, form), dict) for row in rows)
     print(f"{len(rows) / (time.perf_counter() - start):,.0f} conversations of 1.2 KB a second")
+
+
+def test_the_table_of_rules_on_paper_is_current():
+    import runpy
+    from pathlib import Path
+
+    script = Path(__file__).parent.parent / "docs/data_formats.py"
+    assert script.with_suffix(".md").read_text() == runpy.run_path(str(script))["page"](), "run `python docs/data_formats.py`"

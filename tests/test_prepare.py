@@ -14,9 +14,10 @@ from conftest import finetune_accel, write_workspace
 
 from finetune_accel.core.errors import BadInput
 from finetune_accel.core.decisions import decide
+from finetune_accel.core.leaks import leak_counts
 from finetune_accel.core.ledger import write_all
 from finetune_accel.core.splits import SplitSettings
-from finetune_accel.prepare import PrepareSettings, check_rows, find_leaks, leak_counts, open_all, row_rules
+from finetune_accel.prepare import PrepareSettings, check_rows, find_leaks, open_all, row_rules
 from tiny import tiny_model
 
 BY_ROW = SplitSettings(by=None, stratify=None, dev=0.1, test=0.2)

@@ -25,7 +25,7 @@ def length_facts(tokens: np.ndarray) -> dict:
         return {"total": 0, "median": 0, "p95": 0, "longest": 0, "outliers": 0}
     low, median, high, p95 = np.quantile(tokens, [0.25, 0.5, 0.75, 0.95])
     fence = high + 3 * max(high - low, 1)
-    return {"total": int(tokens.sum()), "median": float(median), "p95": float(p95), "longest": int(tokens.max()),
+    return {"total": int(tokens.sum()), "median": round(float(median), 1), "p95": round(float(p95), 1), "longest": int(tokens.max()),
             "outliers": int((tokens > fence).sum())}
 
 # %% ../../nbs/core/datacard.ipynb #dad1b2eb

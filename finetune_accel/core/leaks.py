@@ -25,7 +25,7 @@ from finetune_accel.core.similarity import (
 )
 
 # %% auto #0
-__all__ = ['PASSAGE', 'passages', 'whole', 'Overlap', 'overlap', 'worst_pairs']
+__all__ = ['PASSAGE', 'passages', 'whole', 'Overlap', 'overlap', 'worst_pairs', 'leak_counts', 'pairs_with_texts']
 
 # %% ../../nbs/core/leaks.ipynb #b2c79dbd
 PASSAGE = 13  # words
@@ -142,3 +142,19 @@ def worst_pairs(found: Overlap, count: int = 20) -> list[dict]:
     return [{"test_row": int(found.rows[i]), "train_row": int(found.train_row[i]), "exact": bool(found.exact[i]),
              "jaccard": round(float(found.jaccard[i]), 3), "grams13": round(float(found.grams13[i]), 3)}
             for i in order if found.exact[i] or found.grams13[i] > 0 or found.jaccard[i] > 0]
+
+# %% ../../nbs/core/leaks.ipynb #05ff2ff3
+def leak_counts(leaks: Overlap) -> dict[str, int]:
+    """Return how many test rows overlap with training, and in which way."""
+    passages, near = leaks.grams13 >= 0.5, leaks.jaccard > 0
+    return {"asked": len(leaks.rows), "same text as a training row": int(leaks.exact.sum()),
+            "half of its 13-word passages in training": int(passages.sum()), "5-gram Jaccard of 0.8 or more": int(near.sum()),
+            "any of these": int((leaks.exact | passages | near).sum())}
+
+
+def pairs_with_texts(pairs: list[dict], texts: Texts) -> list[dict]:
+    """Add to each pair of `worst_pairs` the two texts, the first 200 characters of each."""
+    lines = np.unique([line for pair in pairs for line in (pair["test_row"], pair["train_row"]) if line >= 0]).astype(int)
+    found = dict(texts(lines))
+    return [{"test": found[pair["test_row"]][:200], "train": found.get(pair["train_row"], "")[:200],
+             **{key: pair[key] for key in ("exact", "jaccard", "grams13")}} for pair in pairs]
