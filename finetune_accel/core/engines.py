@@ -104,6 +104,7 @@ def check_in_spark(files: Sequence[tuple[str, str]], rules: RowRules, late: bool
 
     from pyspark.sql import SparkSession
 
+    os.environ.setdefault("PYSPARK_PYTHON", sys.executable)  # Spark would take the first python3 of the PATH
     spark = SparkSession.getActiveSession() or SparkSession.builder.master("local[*]").config("spark.ui.enabled", "false") \
         .config("spark.sql.execution.arrow.maxRecordsPerBatch", "2000").getOrCreate()
     names = {path: name for name, path in files}

@@ -17,6 +17,7 @@ from finetune_accel.core.similarity import (
     BANDS,
     Candidates,
     Texts,
+    agreeing,
     best_of_each,
     hash_substrings,
     normalise,
@@ -129,7 +130,7 @@ def overlap(band_files: Sequence[Path], texts: Texts, train: np.ndarray, test: n
         parts = passages(text)
         share[i] = ticked[1][np.searchsorted(known[1], parts)].mean() if len(parts) else 0
     similarity, nearest = np.zeros(len(test), np.float32), np.full(len(test), -1)
-    rows, others = _overlap_candidates(band_files, train, test).split()
+    rows, others = agreeing(band_files, *_overlap_candidates(band_files, train, test).split())
     rows, others, scores = best_of_each(rows, others, verify(rows, others, texts), at_least)
     at = np.searchsorted(test, rows)
     similarity[at], nearest[at] = scores, others

@@ -17,8 +17,8 @@ from rensa import RMinHash
 Texts = Callable[[np.ndarray], Iterator[tuple[int, str]]]  # sorted row numbers -> (row, text), in order
 
 # %% auto #0
-__all__ = ['Texts', 'N', 'BANDS', 'BAND_ROWS', 'HELD_BYTES', 'normalise', 'mix', 'hash_substrings', 'shingles', 'jaccard',
-           'signatures', 'read_band', 'Candidates', 'verify', 'best_of_each', 'near_duplicates']
+__all__ = ['Texts', 'N', 'BANDS', 'BAND_ROWS', 'ENOUGH_BANDS', 'HELD_BYTES', 'normalise', 'mix', 'hash_substrings', 'shingles',
+           'jaccard', 'signatures', 'read_band', 'Candidates', 'agreeing', 'verify', 'best_of_each', 'near_duplicates']
 
 # %% ../../nbs/core/similarity.ipynb #89ac89c3
 N = 5  # characters in a shingle
@@ -156,6 +156,18 @@ def _duplicate_candidates(band_files: Sequence[Path], kept: np.ndarray) -> Candi
     return candidates
 
 # %% ../../nbs/core/similarity.ipynb #c319c9f2
+ENOUGH_BANDS = 2
+
+
+def agreeing(band_files: Sequence[Path], rows: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the pairs (rows, other rows) whose signatures agree in at least ENOUGH_BANDS bands, in the same order."""
+    shared = np.zeros(len(rows), np.uint8)
+    for band in range(BANDS):
+        values = read_band(band_files, band)
+        shared += values[rows] == values[others]
+    return rows[shared >= ENOUGH_BANDS], others[shared >= ENOUGH_BANDS]
+
+# %% ../../nbs/core/similarity.ipynb #2d056730
 HELD_BYTES = 100_000_000
 
 
@@ -233,5 +245,5 @@ def near_duplicates(band_files: Sequence[Path], texts: Texts, kept: np.ndarray,
     `band_files` hold the signatures of all rows in order, `texts` streams the texts of the rows that it is given,
     `kept` says which rows take part (exact duplicates should not). Row numbers are from 0, below 2^32.
     """
-    rows, others = _duplicate_candidates(band_files, kept).split()
+    rows, others = agreeing(band_files, *_duplicate_candidates(band_files, kept).split())
     return best_of_each(rows, others, verify(rows, others, texts), at_least)
