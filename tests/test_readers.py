@@ -335,3 +335,9 @@ def test_any_bytes_as_csv(tmp_path_factory, lines):
         rows_of(path)
     except BadInput as error:
         assert error.fix
+
+
+def test_conversations_in_parquet_come_back_over_many_row_groups_and_pages(tmp_path):
+    talks = [{"messages": [{"role": role, "content": f"{role} {i} " + "word " * (i % 200)} for role in ("user", "assistant")]} for i in range(12_000)]
+    pq.write_table(pa.Table.from_pylist(talks), tmp_path / "chats.parquet", row_group_size=5_000)
+    assert [row for _, _, row in rows_of(tmp_path / "chats.parquet")] == talks

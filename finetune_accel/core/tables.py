@@ -112,11 +112,12 @@ def parquet_rows(path: Path, name: str, columns: list[str] | None = None) -> Ite
         check_parquet(file, path, name)
         chunks = [group.column(i) for group in map(file.metadata.row_group, range(file.metadata.num_row_groups)) for i in range(group.num_columns)]
         deltas = {c.path_in_schema for c in chunks if {"DELTA_BYTE_ARRAY", "DELTA_LENGTH_BYTE_ARRAY"} & set(c.encodings)}  # Arrow cannot read these as dictionaries
-        texts = sorted({c.path_in_schema for c in chunks if c.physical_type == "BYTE_ARRAY"} - deltas)
-        delta = max((c.total_uncompressed_size for c in chunks if c.path_in_schema in deltas), default=0)
-    batch = max(1, min(BLOCK_ROWS, 256_000_000 // (delta + 1)))  # a delta repeats the string before it, at worst the whole chunk
+        strings = {c.path_in_schema for c in chunks if c.physical_type == "BYTE_ARRAY"}
+        plain = {path for path in strings if path in deltas or "." in path}  # nor the strings inside lists, such as messages
+        largest = max((c.total_uncompressed_size for c in chunks if c.path_in_schema in plain), default=0)
+    batch = max(1, min(BLOCK_ROWS, 256_000_000 // (largest + 1)))  # each string may be the longest, at worst the whole chunk
     number = 1
-    with parquet_file(path, name, read_dictionary=texts) as file:
+    with parquet_file(path, name, read_dictionary=sorted(strings - plain)) as file:
         try:
             for part in file.iter_batches(batch, columns=columns, use_threads=False):
                 yield from batch_rows(part, number)
