@@ -2,8 +2,8 @@
 
     python benchmarks/prepare_scale.py [--rows 1000000] [--spark 100000]
 
-Rows are made from the conversations of `chitchat`: each joins pieces of two or three of them, so that no two are equal but many
-resemble each other. The preparation runs in a process of its own; its memory and that of its workers is read every 0.2 s (the sum of
+Rows are made from the conversations of `chitchat`: each joins pieces of a few of them. About half turn out to be exact copies of an
+earlier row, and most of the rest resemble others: hard work for what compares rows. The preparation runs in a process of its own; its memory and that of its workers is read every 0.2 s (the sum of
 the resident set sizes, which counts shared pages several times). The result is written to benchmarks/prepare_scale.json.
 """
 import argparse
