@@ -77,6 +77,7 @@ def measure_ours(rows: list[dict], model_dir: str, steps: int) -> list[tuple[int
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from finetune_accel.core import training
+    from finetune_accel.core.adapters import AdapterPlan
     from finetune_accel.core.hardware import choose_dtype
 
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
@@ -86,18 +87,14 @@ def measure_ours(rows: list[dict], model_dir: str, steps: int) -> list[tuple[int
         start = len(tokenizer.apply_chat_template(prompt, add_generation_prompt=True)["input_ids"])
         ids = tokenizer.apply_chat_template(prompt + completion)["input_ids"]
         samples.append({"input_ids": ids, "completion_mask": [0] * start + [1] * (len(ids) - start)})
-    clock, count = StepClock(), training.tokens_read
-
-    def counted(row: dict) -> int:
-        clock.tokens += count(row)
-        return count(row)
-
-    training.tokens_read = counted
+    clock = StepClock()
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=choose_dtype()[0])
-    plan = training.TrainingPlan(rank=RANK, alpha=ALPHA, batch_size=BATCH_SIZE, max_steps=steps)
+    plan = training.TrainingPlan(adapter=AdapterPlan(rank=RANK, alpha=ALPHA), batch_size=BATCH_SIZE, max_steps=steps)
     with tempfile.TemporaryDirectory() as scratch:
-        training.train_lora(model, tokenizer, samples, plan, Path(scratch), callbacks=[clock.as_callback()])
-    return clock.steps
+        _, result = training.train(model, tokenizer, samples, plan, Path(scratch), callbacks=[clock.as_callback()])
+    counted = [entry["num_tokens"] for entry in result.history if "loss" in entry]  # so far, each step (below 200 of them) is logged
+    return [(after - before, seconds) for before, after, (_, seconds)
+            in zip(counted[WARM_UP - 1:-1], counted[WARM_UP:], clock.steps, strict=True)]
 
 
 def measure_trl(rows: list[dict], model_dir: str, steps: int) -> list[tuple[int, float]]:

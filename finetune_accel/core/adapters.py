@@ -7,66 +7,127 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear as PeftLoraLinear
-from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
+from .errors import BadInput
+from .frozen import Storage, freeze
+
 # %% auto #0
-__all__ = ['SHARED_INPUT', 'LoraProduct', 'Siblings', 'LoraLinear', 'add_adapters']
+__all__ = ['SHARED_INPUT', 'add_product', 'token_sum', 'Products', 'lora_product', 'lora_gradients', 'LoraProduct', 'Siblings',
+           'LoraLinear', 'AdapterPlan', 'add_adapters']
 
 # %% ../../nbs/core/adapters.ipynb #346e37d8
-class LoraProduct(torch.autograd.Function):
-    """`x Wᵀ + scaling (x Aᵀ) Bᵀ` for layers that share x [tokens, in], in the dtype of x.
+def add_product(y: torch.Tensor, inner: torch.Tensor, b: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+    """Add inner bᵀ, and `residual` if given, to y [tokens, out] in place, for inner [tokens, rank] and b [out, rank]; returns y."""
+    if y.is_cuda:
+        from finetune_accel.core.kernels import add_low_rank_
 
-    `weight` [sum of outs, in] is frozen; `adapters` are A [rank, in] and B [out, rank] of each layer in turn.
+        return add_low_rank_(y, inner, b, residual)
+    y.addmm_(inner, b.t())
+    return y if residual is None else y.add_(residual)
+
+
+def token_sum(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Return leftᵀ right [n, k] in float32 for [tokens, n] and [tokens, k], where k is a rank: an adapter's gradient."""
+    return (left.t() @ right).float()
+
+# %% ../../nbs/core/adapters.ipynb #4a9a196d
+class Products(NamedTuple):
+    """What the backward pass of a product with frozen matrix and adapters needs."""
+
+    x: torch.Tensor
+    a: torch.Tensor
+    b: torch.Tensor
+    inner: torch.Tensor
+
+
+def lora_product(x, frozen, bias, scaling: float, adapters, residual=None, quantised=None) -> tuple[torch.Tensor, Products]:
+    """Return x Wᵀ + bias + scaling (x Aᵀ) Bᵀ + residual [tokens, sum of outs] for x [tokens, in], and what its gradients need."""
+    a = torch.cat(adapters[::2]).to(x.dtype)
+    b = torch.block_diag(*adapters[1::2]).to(x.dtype) if len(adapters) > 2 else adapters[1].to(x.dtype)
+    wide, inner = frozen.product(x, a, bias, quantised)
+    inner.mul_(scaling)
+    return add_product(wide, inner, b, residual), Products(x, a, b, inner)
+
+
+def lora_gradients(gradient, kept: Products, frozen, scaling: float, shapes, wants_x: bool) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
+    """Return the gradients of x (None unless wanted) and of every A and B, from that of the product [tokens, sum of outs].
+
+    `shapes` are those of the B in turn.
+    """
+    if wants_x:
+        x_gradient, inner_gradient = frozen.back(gradient, kept.b)
+        add_product(x_gradient, inner_gradient.mul_(scaling), kept.a.t())
+    else:  # the first layer's input is the embedding, which nobody trains
+        x_gradient, inner_gradient = None, (gradient @ kept.b).mul_(scaling)
+    a_gradient, b_gradient = token_sum(kept.x, inner_gradient).t(), token_sum(gradient, kept.inner)
+    gradients, row, column = [], 0, 0
+    for out, rank in shapes:
+        gradients.append(a_gradient[column : column + rank])
+        gradients.append(b_gradient[row : row + out, column : column + rank])
+        row, column = row + out, column + rank
+    return x_gradient, gradients
+
+
+class LoraProduct(torch.autograd.Function):
+    """`x Wᵀ + bias + scaling (x Aᵀ) Bᵀ` for layers that share x [tokens, in], in the dtype of x.
+
+    `frozen` is W [sum of outs, in]; `adapters` are A [rank, in] and B [out, rank] of each layer in turn.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, scaling: float, *adapters):
+    def forward(ctx, x, frozen, bias, scaling: float, *adapters):
         """Return [tokens, sum of outs]."""
-        a = torch.cat(adapters[::2]).to(x.dtype)
-        b = torch.block_diag(*adapters[1::2]).to(x.dtype) if len(adapters) > 2 else adapters[1].to(x.dtype)
-        inner = linear(x, a)
-        ctx.save_for_backward(x, weight, a, b, inner)
-        ctx.scaling, ctx.shapes, ctx.adapter_dtype = scaling, [m.shape for m in adapters[1::2]], adapters[0].dtype
-        return linear(x, weight).addmm_(inner, b.t(), alpha=scaling)
+        out, kept = lora_product(x, frozen, bias, scaling, adapters)
+        ctx.save_for_backward(*kept)
+        ctx.frozen, ctx.scaling, ctx.shapes = frozen, scaling, [m.shape for m in adapters[1::2]]
+        return out
 
     @staticmethod
     def backward(ctx, gradient):
         """Return the gradients of x (if needed) and of every A and B."""
-        x, weight, a, b, inner = ctx.saved_tensors
-        inner_gradient = (gradient @ b).mul_(ctx.scaling)
-        x_gradient = (gradient @ weight).addmm_(inner_gradient, a) if ctx.needs_input_grad[0] else None
-        a_gradient = (inner_gradient.t() @ x).to(ctx.adapter_dtype)
-        b_gradient = (gradient.t() @ inner).to(ctx.adapter_dtype).mul_(ctx.scaling)
-        gradients, row, column = [], 0, 0
-        for out, rank in ctx.shapes:
-            gradients.append(a_gradient[column : column + rank])
-            gradients.append(b_gradient[row : row + out, column : column + rank])
-            row, column = row + out, column + rank
-        return x_gradient, None, None, *gradients
+        x_gradient, gradients = lora_gradients(gradient.contiguous(), Products(*ctx.saved_tensors), ctx.frozen, ctx.scaling, ctx.shapes,
+                                               ctx.needs_input_grad[0])
+        return x_gradient, None, None, None, *gradients
 
-# %% ../../nbs/core/adapters.ipynb #d4e96211
+# %% ../../nbs/core/adapters.ipynb #d681aae1
 class Siblings:
-    """LoRA layers that read the same input; `weight` is their frozen matrices on top of each other."""
+    """LoRA layers that read the same input; `frozen` is their matrices on top of each other, in the given storage."""
 
-    def __init__(self, layers: Sequence[PeftLoraLinear]):
+    def __init__(self, layers: Sequence[PeftLoraLinear], device: torch.device, storage: Storage = "plain"):
         self.layers = list(layers)
         self.outs = [layer.base_layer.weight.shape[0] for layer in layers]
-        self.weight = torch.cat([layer.base_layer.weight.data for layer in layers])
-        for layer, part in zip(self.layers, self.weight.split(self.outs), strict=True):
-            layer.base_layer.weight.data = part  # the layers' own weights become views: no second copy in memory
+        weight = torch.cat([layer.base_layer.weight.data.to(device) for layer in layers])
+        self.bias = self._joint_bias(weight)
+        self.frozen = freeze(weight, storage)
+        parts = weight.split(self.outs) if storage == "plain" else [weight.new_empty(0)] * len(layers)
+        for layer, part in zip(self.layers, parts, strict=True):
+            layer.base_layer.weight.data = part  # views of the joint matrix, or nothing: no second copy in memory
         self.pending = threading.local()  # each thread trains on a row of its own
+
+    def _joint_bias(self, weight: torch.Tensor) -> torch.Tensor | None:
+        """Return the layers' biases [sum of outs] end to end, zero where a layer has none, or None if none has."""
+        biases = [layer.base_layer.bias for layer in self.layers]
+        if all(bias is None for bias in biases):
+            return None
+        return torch.cat([weight.new_zeros(out) if bias is None else bias.data.to(weight) for bias, out in zip(biases, self.outs, strict=True)])
+
+    def matrices(self) -> list[torch.nn.Parameter]:
+        """Return A [rank, in] and B [out, rank] of each layer in turn."""
+        return [matrix for layer in self.layers for matrix in layer.matrices()]
 
     def output(self, layer: PeftLoraLinear, x: torch.Tensor) -> torch.Tensor:
         """Return the output of `layer` for x, computing all siblings' when the first of them asks."""
         if getattr(self.pending, "x", None) is not x:
-            adapters = [matrix for sibling in self.layers for matrix in sibling.matrices()]
             flat = x.reshape(-1, x.shape[-1])
-            together = LoraProduct.apply(flat, self.weight, layer.scaling["default"], *adapters)
+            together = LoraProduct.apply(flat, self.frozen, self.bias, layer.scaling["default"], *self.matrices())
             parts = together.view(*x.shape[:-1], -1).split(self.outs, dim=-1)
             self.pending.x, self.pending.parts = x, dict(zip(map(id, self.layers), parts, strict=True))
         part = self.pending.parts.pop(id(layer))
@@ -74,15 +135,19 @@ class Siblings:
             self.pending.x = None
         return part
 
-# %% ../../nbs/core/adapters.ipynb #ff072e7f
+# %% ../../nbs/core/adapters.ipynb #bf2e87fa
 class LoraLinear(PeftLoraLinear):
     """peft's LoRA layer, with `LoraProduct` for the ordinary case of one active adapter without extras."""
 
     siblings: Siblings | None = None
 
+    def computes_alone(self) -> bool:
+        """Say whether the layer is in the ordinary case."""
+        return self.siblings is not None and not self.disable_adapters and not self.merged
+
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         """Return the layer's output for x [..., in]: [..., out]."""
-        if args or kwargs or self.siblings is None or self.disable_adapters or self.merged:
+        if args or kwargs or not self.computes_alone():
             return super().forward(x, *args, **kwargs)
         return self.siblings.output(self, x)
 
@@ -90,22 +155,71 @@ class LoraLinear(PeftLoraLinear):
         """Return A [rank, in] and B [out, rank]."""
         return self.lora_A["default"].weight, self.lora_B["default"].weight
 
+# %% ../../nbs/core/adapters.ipynb #4335372d
+@dataclass(frozen=True)
+class AdapterPlan:
+    """What the adapters look like: `targets` are names of linear layers, or all of them but the output layer."""
+
+    rank: int = 16
+    alpha: int = 32
+    rank_stabilised: bool = False
+    targets: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+
 
 SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
-def add_adapters(model: PreTrainedModel, rank: int, alpha: int) -> PeftModel:
-    """Freeze `model` and put trainable float32 matrices of `rank` beside every linear layer except the output layer."""
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+def add_adapters(model: PreTrainedModel, plan: AdapterPlan, start_from: Path | None = None, storage: Storage = "plain") -> PeftModel:
+    """Freeze `model` and put trainable float32 matrices beside its linear layers, as planned or as in the adapter `start_from`.
+
+    A GPU, if there is one, takes the model; with `storage` other than plain the layers' own weights are given up, so that such a
+    model can train and answer, but is merged from its source again. Raises BadInput for an adapter of another model or unknown targets.
+    """
+    config = LoraConfig(r=plan.rank, lora_alpha=plan.alpha, use_rslora=plan.rank_stabilised, task_type="CAUSAL_LM",
+                        target_modules=plan.targets if isinstance(plan.targets, str) else list(plan.targets))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if start_from is not None:
+        config = _config_to_start_from(start_from)
     config._register_custom_module({torch.nn.Linear: LoraLinear})  # peft's documented, experimental way in
-    adapted = get_peft_model(model, config)
+    try:
+        adapted = get_peft_model(model, config)
+    except ValueError as error:
+        raise BadInput("adapters", f"cannot be put on these layers: {error}", "name layers of this model, or use all-linear") from None
+    if start_from is not None:
+        _load_adapter(adapted, start_from)
     for module in model.modules():
-        children = {name: child for name, child in module.named_children()
-                    if isinstance(child, LoraLinear) and child.base_layer.bias is None}
+        children = {name: child for name, child in module.named_children() if isinstance(child, LoraLinear)}
         groups = [names for names in SHARED_INPUT if all(name in children for name in names)]
         grouped = {name for names in groups for name in names}
         for names in [*groups, *((name,) for name in children if name not in grouped)]:
-            siblings = Siblings([children[name] for name in names])
+            siblings = Siblings([children[name] for name in names], device, storage)
             for layer in siblings.layers:
                 layer.siblings = siblings
-    return adapted
+    return adapted.to(device)
+
+
+def _config_to_start_from(folder: Path) -> LoraConfig:
+    """Read a saved adapter's configuration to train on; raises BadInput if it is not plain LoRA."""
+    try:
+        config = LoraConfig.from_pretrained(folder)
+    except (ValueError, TypeError, OSError) as error:
+        raise BadInput(str(folder), f"holds no LoRA adapter that can be read ({error})", "give a folder that train wrote as `adapter`") from None
+    if config.use_dora or config.lora_dropout or config.bias != "none" or config.modules_to_save or config.rank_pattern or config.alpha_pattern:
+        raise BadInput(str(folder), "holds an adapter with more than plain LoRA (DoRA, dropout, biases, modules or ranks of their own)", "start from a plain LoRA adapter")
+    config.inference_mode = False
+    return config
+
+
+def _load_adapter(adapted: PeftModel, folder: Path) -> None:
+    """Put the saved matrices into `adapted`; raises BadInput unless each finds its place in its shape."""
+    from peft import load_peft_weights, set_peft_model_state_dict
+
+    try:
+        state = load_peft_weights(str(folder), device="cpu")
+        unexpected = set_peft_model_state_dict(adapted, state).unexpected_keys
+        missing = len(state) - sum("lora_" in name for name in adapted.state_dict())
+    except (RuntimeError, OSError, KeyError) as error:
+        unexpected, missing = [str(error).splitlines()[0]], 0
+    if unexpected or missing:
+        raise BadInput(str(folder), f"does not fit this base model ({(unexpected or ['layers are missing'])[0]})",
+                       "start from an adapter that was trained on the same base model")

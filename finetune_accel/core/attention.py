@@ -8,8 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from importlib.util import find_spec
+from inspect import signature
 
 import torch
+from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -18,39 +21,103 @@ from transformers.masking_utils import sdpa_mask
 from .errors import BadInput
 
 # %% auto #0
-__all__ = ['causal_mask', 'attend_within_documents', 'packed_attention', 'answering']
+__all__ = ['VARLEN_OPTIONS', 'NO_MASK', 'UNKNOWN', 'causal_mask', 'attend_within_documents', 'flash_takes', 'attend_whole_row',
+           'document_kernels_take', 'attend_by_blocks', 'packed_attention', 'answering']
 
 # %% ../../nbs/core/attention.ipynb #1443a5e0
-@lru_cache(maxsize=512)
-def causal_mask(tokens: int, prefix: int, device: torch.device) -> torch.Tensor:
-    """Return which of `prefix + tokens` keys each of `tokens` queries may read: the prefix and itself and what is before."""
-    return torch.ones(tokens, prefix + tokens, dtype=torch.bool, device=device).tril(prefix)
+@lru_cache(maxsize=64)  # the layers of one row ask for the same masks
+def causal_mask(tokens: int, prefix: int, window: int | None, device: torch.device) -> torch.Tensor:
+    """Return which of `prefix + tokens` keys each of `tokens` queries may read: the last `window` (None: all) up to itself."""
+    mask = torch.ones(tokens, prefix + tokens, dtype=torch.bool, device=device).tril(prefix)
+    return mask if window is None else mask.triu(prefix - window + 1)
 
 
 def attend_within_documents(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: list[int], prefix: int = 0,
-    scaling: float | None = None,
+    scaling: float | None = None, window: int | None = None,
 ) -> torch.Tensor:
     """Compute causal attention inside each document of one packed row.
 
     `query` is [1, heads, tokens, dim]; `key` and `value` may have fewer heads (grouped-query attention). `lengths` sum to
-    `tokens`; with `prefix` > 0 the first of them is the prefix, which every other document also reads. Returns
-    [1, tokens, heads, dim], the layout that transformers expects.
+    `tokens`; with `prefix` > 0 the first of them is the prefix, which every other document also reads. With `window` a
+    token reads at most that many tokens, itself included. Returns [1, tokens, heads, dim], as transformers expects it.
     """
     attended = []
     pieces = zip(*(states.float().split(lengths, dim=2) for states in (query, key, value)), strict=True)
     for i, (q, k, v) in enumerate(pieces):
-        mask = None
+        before = prefix if i > 0 else 0
         if prefix and i == 0:
             shared_key, shared_value = k, v
         elif prefix:
             k, v = torch.cat([shared_key, k], dim=2), torch.cat([shared_value, v], dim=2)
-            mask = causal_mask(q.shape[2], prefix, q.device)
+        narrow = window if window is not None and window < k.shape[2] else None
+        mask = causal_mask(q.shape[2], before, narrow, q.device) if before or narrow else None
         attended.append(scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=True))
     return torch.cat(attended, dim=2).transpose(1, 2).to(query.dtype)
 
 # %% ../../nbs/core/attention.ipynb #885607e6
+VARLEN_OPTIONS = frozenset(signature(varlen_attn).parameters)  # torch 2.10 knows no window, and not every version groups heads
+
+
+@lru_cache(maxsize=8)
+def _flash_runs_on(device: torch.device) -> bool:
+    """Tell whether FlashAttention runs on a device: CUDA from Ampere on, with a PyTorch that knows windows."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0) and "window_size" in VARLEN_OPTIONS
+
+
+def flash_takes(query: torch.Tensor) -> bool:
+    """Tell whether the whole row can go to FlashAttention; else it is cut into documents."""
+    half = query.dtype in (torch.bfloat16, torch.float16)
+    return half and query.shape[-1] <= 256 and query.shape[-1] % 8 == 0 and _flash_runs_on(query.device)
+
+
+def attend_whole_row(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bounds: torch.Tensor, longest: int,
+    scaling: float | None = None, window: int | None = None,
+) -> torch.Tensor:
+    """Compute on a GPU what `attend_within_documents` computes, in one kernel and without waiting for the GPU.
+
+    `bounds` [documents + 1] int32 on the GPU are the documents' cumulative lengths, `longest` is at least the longest.
+    """
+    groups = query.shape[1] // key.shape[1]
+    options = {"enable_gqa": groups > 1} if "enable_gqa" in VARLEN_OPTIONS else {}
+    if groups > 1 and not options:
+        key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
+    before = -1 if window is None or window >= longest else window - 1  # the kernel counts tokens before the one that reads
+    query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))
+    attended = varlen_attn(
+        query, key, value, bounds, bounds, longest, longest, scale=scaling, window_size=(before, 0), **options)
+    return attended[None]
+
+# %% ../../nbs/core/attention.ipynb #515fd49d
+@lru_cache(maxsize=8)
+def _triton_runs_on(device: torch.device) -> bool:
+    """Tell whether the kernels run on a device: CUDA from Ampere on, with the Triton that comes with PyTorch."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0) and find_spec("triton") is not None
+
+
+def document_kernels_take(dtype: torch.dtype, device: torch.device, tokens: int, heads: int, dim: int) -> bool:
+    """Tell whether `core.document_attention` is made for a row: half precision, heads of 16 to 128, offsets of 32 bits."""
+    half, fits = dtype in (torch.bfloat16, torch.float16), 3 * tokens * heads * dim < 2**31
+    return half and fits and dim in (16, 32, 64, 128) and _triton_runs_on(device)
+
+
+def attend_by_blocks(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: tuple[int, ...],
+    scaling: float | None = None, window: int | None = None,
+) -> torch.Tensor:
+    """Compute on a GPU what `attend_within_documents` computes, spending nothing between documents."""
+    from finetune_accel.core.document_attention import attend
+
+    query, key, value = (states[0].transpose(0, 1) for states in (query, key, value))
+    return attend(query, key, value, lengths, query.shape[-1] ** -0.5 if scaling is None else scaling, window)[None]
+
+# %% ../../nbs/core/attention.ipynb #19731755
+NO_MASK = torch.empty(1, 1, 0, 0)
+UNKNOWN = ("softcap", "position_bias", "dropout", "s_aux", "sinks", "indices", "block_indices")  # what some models also pass
+
+
 def packed_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -59,39 +126,50 @@ def packed_attention(
     attention_mask: torch.Tensor | None,
     scaling: float | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
+    max_length_q: int | None = None,
+    shared_prefix: int = 0,
+    document_lengths: tuple[int, ...] | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """Attend as a transformers attention function; `cu_seq_lens_q` [documents + 1] marks a packed row.
+    """Attend as a transformers attention function; `cu_seq_lens_q` [documents + 1] int32 marks a packed row.
 
-    `shared_prefix=n` among the keyword arguments says that the first document is a prefix of n tokens that the others
-    read too. Raises BadInput for a packed row that this function cannot compute as the model means it.
+    `max_length_q` is the longest document's length (needed on a GPU), `document_lengths` are those of all (for the fastest kernels).
+    `shared_prefix=n` says that the first document is a prefix of n tokens that the others read too (never on a GPU). A layer's
+    `sliding_window` counts within a document.
+    Raises BadInput for a packed row that this function cannot compute as the model means it.
     """
-    prefix = kwargs.pop("shared_prefix", 0)
     if cu_seq_lens_q is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    lengths = cu_seq_lens_q.diff().tolist()
-    _check_packed_row(query, key, prefix + max(lengths), kwargs)
-    return attend_within_documents(query, key, value, lengths, prefix, scaling), None
+    _check_packed_row(module, query, key, kwargs)
+    window = kwargs.get("sliding_window")
+    _, heads, tokens, dim = query.shape
+    if document_lengths and not shared_prefix and document_kernels_take(query.dtype, query.device, tokens, heads, dim):
+        return attend_by_blocks(query, key, value, document_lengths, scaling, window), None
+    if flash_takes(query) and not shared_prefix and max_length_q is not None:
+        return attend_whole_row(query, key, value, cu_seq_lens_q, max_length_q, scaling, window), None
+    lengths = list(document_lengths) if document_lengths else cu_seq_lens_q.diff().tolist()
+    return attend_within_documents(query, key, value, lengths, shared_prefix, scaling, window), None
 
 
-def _check_packed_row(query: torch.Tensor, key: torch.Tensor, longest: int, options: dict) -> None:
-    """Refuse what `attend_within_documents` would compute differently from the model."""
-    window = options.get("sliding_window")
+def _check_packed_row(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, options: dict) -> None:
+    """Refuse what would be computed differently from what the model means."""
+    given = {name: options[name] for name in UNKNOWN if options.get(name) is not None}
+    unknown = [name for name, value in given.items() if torch.is_tensor(value) or value != 0]
     rule = None
     if query.shape[0] != 1 or query.shape[2] != key.shape[2]:
         rule = f"takes one row and no cache, got queries {tuple(query.shape)} and keys {tuple(key.shape)}"
-    elif options.get("softcap") or options.get("position_bias") is not None or options.get("dropout"):
-        rule = "knows no soft-capped scores, position bias or attention dropout"
-    elif window is not None and window < longest:
-        rule = f"has no sliding window, but a document of {longest} tokens exceeds the model's window of {window}"
+    elif unknown:
+        rule = f"knows no {unknown[0]}, which this model uses"
+    elif options.get("is_causal") is False or getattr(module, "is_causal", True) is False:
+        rule = "reads backwards only, but this model also reads forwards"
     if rule:
-        raise BadInput("attention `packed`", rule, "choose another base model, or shorter samples")
+        raise BadInput("attention `packed`", rule, "choose another base model")
 
 
 AttentionInterface.register("packed", packed_attention)
 AttentionMaskInterface.register("packed", sdpa_mask)
 
-# %% ../../nbs/core/attention.ipynb #fe44e0ac
+# %% ../../nbs/core/attention.ipynb #1473c6d0
 @contextmanager
 def answering(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     """Switch a model in training to generating (evaluation mode, `sdpa` attention, no gradients), and back on leaving."""

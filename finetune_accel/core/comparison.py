@@ -20,13 +20,13 @@ from .errors import BadInput
 from .likelihood import log_likelihoods
 from .metrics import Criterion, count_failed, of_answers, score_all
 from .progress import progress
-from .prompting import asked_of_base
+from .prompting import asked_of_base, halves
 from .statistics import perplexity_interval, score_rows, verdict_rows
 
 # %% auto #0
-__all__ = ['CONTINUATION', 'LONGEST_CHAT_ANSWER', 'Result', 'Answers', 'answer_limit', 'answer_those_with_room', 'ask',
-           'Likelihoods', 'read_items', 'read_by', 'dev_scorer', 'nearest_answers', 'classical_answers', 'item_scores',
-           'score_table', 'compare', 'changes', 'write_answers', 'write_item_scores']
+__all__ = ['CONTINUATION', 'LONGEST_CHAT_ANSWER', 'SHOWN_ANSWERS', 'Result', 'Answers', 'answer_limit', 'answer_those_with_room',
+           'ask', 'Likelihoods', 'read_items', 'read_by', 'dev_scorer', 'nearest_answers', 'classical_answers',
+           'item_scores', 'score_table', 'compare', 'changes', 'write_answers', 'write_item_scores']
 
 # %% ../../nbs/core/comparison.ipynb #8df264c7
 @dataclass
@@ -117,23 +117,31 @@ def read_by(folder: Path, items: list[dict], targets: str, system: str, name: st
     return read_items(model, tokenizer, items, targets, system, name)
 
 # %% ../../nbs/core/comparison.ipynb #dd07035f
-def dev_scorer(tokenizer, items: list[dict], train: list[dict], form: dict,
-               criteria: list[Criterion]) -> Callable[..., dict[str, float]]:
+SHOWN_ANSWERS = 4  # a person reads these after each measurement
+
+
+def dev_scorer(tokenizer, items: list[dict], train: list[dict], form: dict, criteria: list[Criterion],
+               on_answers: Callable[[int, list[dict]], None] | None = None) -> Callable[..., dict[str, float]]:
     """Return `score(model, step) -> {"dev/criterion": value}`, which measures a model in training on the dev `items`.
 
-    `form` is prepare's format.json (approach, system_prompt, targets).
+    `form` is prepare's format.json (approach, system_prompt, targets). `on_answers(step, rows)` is given the first few answers, each
+    {prompt, reference, answer}; where nothing is asked, how the model goes on from the first half of a text.
     """
     approach, answered = form["approach"], of_answers(criteria)
+    shown = halves(items, SHOWN_ANSWERS) if approach == "continued_pretraining" else items[:SHOWN_ANSWERS]
+    asked = items if answered else shown if on_answers else []
     answer = generate.generate if approach == "supervised" else answer_those_with_room
-    conversations = asked_of_base(items, train, form, 0, seed=0)["base"] if answered else []
+    conversations = asked_of_base(asked, train, form, 0, seed=0)["base"] if asked else []
     limit = answer_limit(tokenizer, train, approach)
 
     def score(model, step: int) -> dict[str, float]:
-        texts = [g.text for g in answer(model, tokenizer, conversations, limit)]
+        texts = [g.text for g in answer(model, tokenizer, conversations, limit)] if asked else []
         scores = score_all(answered, texts, [row["response"] for row in items]) if answered else {}
         values = {f"dev/{name}": float(np.mean(values)) for name, values in scores.items()}
         if len(answered) < len(criteria):
             values["dev/perplexity"] = read_items(model, tokenizer, items, form["targets"], "dev", "in training").perplexity
+        if on_answers:
+            on_answers(step, [{"prompt": row["prompt"], "reference": row["response"], "answer": text} for row, text in zip(shown, texts)])
         return values
 
     return score

@@ -19,7 +19,7 @@ from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import DynamicLayer
 
 from .errors import BadInput
-from .template import ControlTokens, control_tokens, plain_template
+from .template import ControlTokens, control_tokens, plain_template, stop_at_end_of_turn, switch_thinking_off
 
 # %% auto #0
 __all__ = ['BATCH_SIZE', 'Prompt', 'WORTH_SHARING', 'SHARED', 'TOKENS_IN_FLIGHT', 'load_plain', 'pack_for_cpu', 'load',
@@ -46,6 +46,7 @@ def load_plain(model_dir: str | Path, dtype: torch.dtype) -> tuple[Any, Any]:
     except (OSError, ValueError) as error:
         raise BadInput(str(model_dir), f"cannot be loaded ({str(error).splitlines()[0]})",
                        "use a folder with config.json, *.safetensors and tokenizer files") from error
+    stop_at_end_of_turn(model, switch_thinking_off(tokenizer))
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
 
 # %% ../../nbs/core/generate.ipynb #570aa2ff

@@ -15,15 +15,17 @@ __all__ = ['matmul_rate', 'choose_dtype']
 # %% ../../nbs/core/hardware.ipynb #dfa57a94
 def matmul_rate(dtype: torch.dtype, seconds: float = 0.25, device: str = "cpu") -> float:
     """Measure matrix multiplication in `dtype`: returns billions of floating-point operations a second (GFLOP/s)."""
-    size = 1024
+    size = 8192 if device == "cuda" else 1024  # a GPU is not busy with less
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    left @ right
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    for _ in range(2):
+        left @ right
+    wait()
     calls, start = 0, time.perf_counter()
     while time.perf_counter() - start < seconds:
         left @ right
+        wait()
         calls += 1
-    if device == "cuda":
-        torch.cuda.synchronize()
     return 2 * size**3 * calls / (time.perf_counter() - start) / 1e9
 
 

@@ -13,40 +13,64 @@ from .errors import BadInput
 
 IGNORED = -100
 CHUNK = 128
+GPU_CHUNK = 2048  # positions: enough to fill a GPU's matrix units
 
 # %% auto #0
-__all__ = ['IGNORED', 'CHUNK', 'CHANGED_SCORES', 'supervised_states', 'CrossEntropySum', 'causal_lm_loss']
+__all__ = ['IGNORED', 'CHUNK', 'GPU_CHUNK', 'CHANGED_SCORES', 'supervised_states', 'CrossEntropySum', 'causal_lm_loss']
 
 # %% ../../nbs/core/loss.ipynb #235431ee
-def supervised_states(hidden: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Select hidden states [rows, tokens, width] whose next token bears loss: returns [n, width] and its labels [n]."""
+def supervised_states(hidden: torch.Tensor, labels: torch.Tensor, at: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Select hidden states [rows, tokens, width] whose next token bears loss: returns [n, width] and its labels [n].
+
+    `at` [n] are their positions in a single row, if they are known: looking for them makes the processor wait for a GPU.
+    """
+    if at is not None:
+        return hidden[0].index_select(0, at), labels[0].index_select(0, at + 1)
     targets = labels[:, 1:]
     counts = targets != IGNORED
     return hidden[:, :-1][counts], targets[counts]
 
 
 class CrossEntropySum(torch.autograd.Function):
-    """Sum of the cross-entropy of `targets` [n] given `states` [n, width] and the frozen output layer [vocabulary, width]."""
+    """Sum of the cross-entropy of `targets` [n] given `states` [n, width] and the output layer [vocabulary, width]."""
 
     @staticmethod
     def forward(ctx, states: torch.Tensor, targets: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """Compute the loss in float32 and, chunk by chunk, its gradient with respect to `states`."""
+        """Compute the loss in float32 and, chunk by chunk, its gradients with respect to `states` and a trained `weight`."""
         total, gradients = states.new_zeros((), dtype=torch.float32), []
-        for chunk, target in zip(states.split(CHUNK), targets.unsqueeze(1).split(CHUNK), strict=True):
-            scores = linear(chunk, weight).float()
-            log_total = scores.logsumexp(dim=1, keepdim=True)
-            total += (log_total - scores.gather(1, target)).sum()
-            softmax = scores.sub_(log_total).exp_()
-            softmax.scatter_add_(1, target, -torch.ones_like(target, dtype=softmax.dtype))
-            gradients.append(softmax.to(states.dtype) @ weight)
-        ctx.save_for_backward(torch.cat(gradients))
+        compute = weight.to(states.dtype)
+        weight_gradient = torch.zeros_like(weight) if ctx.needs_input_grad[2] else None
+        chunk_size = GPU_CHUNK if states.is_cuda else CHUNK
+        for chunk, target in zip(states.split(chunk_size), targets.split(chunk_size), strict=True):
+            loss, gradient = _loss_and_gradient(linear(chunk, compute), target)
+            total += loss
+            gradients.append(gradient @ compute)
+            if weight_gradient is not None:
+                weight_gradient += gradient.t() @ chunk
+        ctx.save_for_backward(torch.cat(gradients) if gradients else states, weight_gradient)
         return total
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor):
-        """Scale the gradient that `forward` prepared."""
-        (prepared,) = ctx.saved_tensors
-        return prepared * gradient.to(prepared.dtype), None, None
+        """Scale the gradients that `forward` prepared."""
+        prepared, weight_gradient = ctx.saved_tensors
+        return (prepared * gradient.to(prepared.dtype), None,
+                None if weight_gradient is None else weight_gradient * gradient.to(weight_gradient.dtype))
+
+
+def _loss_and_gradient(scores: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the summed cross-entropy of scores [n, vocabulary] and its gradient in the scores' dtype; scores are used up."""
+    if scores.is_cuda:
+        from finetune_accel.core.kernels import cross_entropy_
+
+        return cross_entropy_(scores, targets).sum(), scores
+    dtype, targets = scores.dtype, targets.unsqueeze(1)
+    scores = scores.float()
+    log_total = scores.logsumexp(dim=1, keepdim=True)
+    loss = (log_total - scores.gather(1, targets)).sum()
+    softmax = scores.sub_(log_total).exp_()
+    softmax.scatter_add_(1, targets, -torch.ones_like(targets, dtype=softmax.dtype))
+    return loss, softmax.to(dtype)
 
 # %% ../../nbs/core/loss.ipynb #f2dfcfbc
 CHANGED_SCORES = (
@@ -57,23 +81,25 @@ CHANGED_SCORES = (
 def causal_lm_loss(model: PreTrainedModel, inputs: dict, count: torch.Tensor | int | None = None) -> torch.Tensor:
     """Return the mean next-token loss of `model` on `inputs` (with `labels`), or the sum over `count` if that is given.
 
-    `model` is the causal language model itself, with or without peft around it. Raises BadInput for a model whose
-    output layer is trained, has a bias, or whose scores are changed after it.
+    `supervised_at` among the inputs are the positions of `supervised_states`.
+
+    `model` is the causal language model itself, with or without peft around it, its output layer frozen or trained. Raises
+    BadInput for a model whose output layer has a bias, or whose scores are changed after it.
     """
     causal_lm = model.get_base_model() if hasattr(model, "peft_config") else model
-    head = _frozen_plain_head(causal_lm)
-    arguments = {key: value for key, value in inputs.items() if key != "labels"} | {"use_cache": False}
+    head = _plain_head(causal_lm)
+    arguments = {key: value for key, value in inputs.items() if key not in ("labels", "supervised_at")} | {"use_cache": False}
     hidden = causal_lm.base_model(**arguments).last_hidden_state
-    states, targets = supervised_states(hidden, inputs["labels"])
+    states, targets = supervised_states(hidden, inputs["labels"], inputs.get("supervised_at"))
     return CrossEntropySum.apply(states, targets, head.weight) / (count or max(len(targets), 1))
 
 
-def _frozen_plain_head(causal_lm: PreTrainedModel) -> torch.nn.Linear:
+def _plain_head(causal_lm: PreTrainedModel) -> torch.nn.Linear:
     """Return the output layer, or raise BadInput if CrossEntropySum would not compute this model's loss."""
     head, config = causal_lm.get_output_embeddings(), causal_lm.config.get_text_config()
     rule = next((f"changes its scores ({key})" for key in CHANGED_SCORES if getattr(config, key, None) is not None), None)
-    if not isinstance(head, torch.nn.Linear) or head.bias is not None or head.weight.requires_grad:
-        rule = "needs a frozen linear output layer without bias"
+    if not isinstance(head, torch.nn.Linear) or head.bias is not None:
+        rule = "needs a linear output layer without bias"
     if rule:
         raise BadInput(f"model type {config.model_type}", f"core.loss does not fit: the model {rule}",
                        "choose another base model, or train adapters on its other layers only")

@@ -12,7 +12,7 @@ from itertools import groupby
 from typing import Any, NamedTuple
 
 from .errors import BadInput
-from .template import NO_END_TOKEN, PROMPT_DIFFERS, Targets, encode_records
+from .template import NO_END_TOKEN, PROMPT_DIFFERS, Targets, encode_records, end_of_turn
 
 # %% auto #0
 __all__ = ['LONGEST', 'STYLE', 'LEGEND', 'PROOFS', 'END', 'SERVING', 'READING', 'visible', 'mask_table', 'mask_html', 'Proof',
@@ -28,16 +28,22 @@ def visible(tokenizer: Any, token: int) -> str:
     return piece if "\ufffd" in text else text
 
 
+def _end_id(tokenizer: Any) -> int:
+    """Return the id of the token that ends an answer (of a text, for a tokenizer without a chat template)."""
+    return tokenizer.convert_tokens_to_ids(end_of_turn(tokenizer)) if tokenizer.chat_template else tokenizer.eos_token_id
+
+
 def mask_table(tokenizer: Any, sample: dict) -> list[dict]:
     """Return a row a token: position, token, id, weight in the loss (1.0 or 0.0) and kind.
 
     `kind` is "end" (an end token that is learnt), "control" (another special token), "answer" or "prompt".
     """
-    special, rows = set(tokenizer.all_special_ids), []
+    ends = {tokenizer.eos_token_id, _end_id(tokenizer)}
+    special, rows = {*tokenizer.all_special_ids, *ends}, []
     for position, (token, bears) in enumerate(zip(sample["input_ids"], sample["completion_mask"], strict=True)):
         kind = "answer" if bears else "prompt"
         if token in special:
-            kind = "end" if token == tokenizer.eos_token_id and bears else "control"
+            kind = "end" if token in ends and bears else "control"
         rows.append({"position": position, "token": visible(tokenizer, token), "id": token,
                      "weight": float(bool(bears) and position > 0), "kind": kind})
     return rows
@@ -89,7 +95,7 @@ class Proof(NamedTuple):
 PROOFS = {  # name: what to do when it fails
     "a token to learn": "give the record an answer, or set it aside",
     "no prompt token supervised": "use a chat template whose generation prompt equals how it opens an assistant turn",
-    "the end-of-turn token is supervised": "use a chat template that writes the tokenizer's end token after each answer",
+    "the end-of-turn token is supervised": "use a chat template that writes an end token after each answer",
     "padding is not the end token": "set pad_token in tokenizer_config.json to a token of its own (an unused special token)",
     "training equals serving": "use a chat template that writes each turn the same whatever follows it; "
                                "if only some rows fail, remove white space at the start of their answers",
@@ -119,11 +125,14 @@ def _same(decoded: str, text: str) -> bool:
     return decoded == text or unicodedata.normalize("NFC", decoded) == unicodedata.normalize("NFC", text)
 
 # %% ../../nbs/core/microscope.ipynb #204df4d7
-def _chat_problems(tokenizer: Any, record: dict, sample: dict, targets: Targets, served: list[list[int]]) -> dict[str, str]:
-    """Return {proof: what is wrong} of one encoded conversation; `served` holds the prompts a server sends, one a target."""
+def _chat_problems(tokenizer: Any, record: dict, sample: dict, targets: Targets, served: list[list[int]], end: int) -> dict[str, str]:
+    """Return {proof: what is wrong} of one encoded conversation, whose answers end with the id `end`.
+
+    `served` holds the prompts a server sends, one a target.
+    """
     messages, ids, runs = record["messages"], sample["input_ids"], learned(sample)
     answers = [m["content"] for m in messages if m["role"] == "assistant"][0 if targets == "all" else -1:]
-    end, problems = tokenizer.eos_token_id, {}
+    problems = {}
     read = tokenizer.batch_decode([ids, *(ids[a:b - 1] if ids[b - 1] == end else ids[a:b] for a, b in runs)],
                                   clean_up_tokenization_spaces=False)
     if not any(b > max(a, 1) for a, b in runs):
@@ -131,7 +140,7 @@ def _chat_problems(tokenizer: Any, record: dict, sample: dict, targets: Targets,
     if len(runs) != len(answers) or any(not _same(r.strip(), a.strip()) for r, a in zip(read[1:], answers, strict=False)):
         problems["no prompt token supervised"] = f"what bears loss reads {read[1:][:1]}, the answer is {answers[:1]}"
     if any(ids[b - 1] != end for _, b in runs):
-        problems[END] = f"an answer ends without {tokenizer.eos_token!r}"
+        problems[END] = f"an answer ends without {tokenizer.convert_ids_to_tokens(end)!r}"
     if any(ids[:len(prompt)] != prompt or len(prompt) != a for prompt, (a, _) in zip(served, runs, strict=False)):
         problems[SERVING] = "the server's tokens are not the beginning of the sample"
     at, whole = 0, unicodedata.normalize("NFC", read[0])
@@ -177,7 +186,8 @@ def _problems(tokenizer: Any, records: Sequence[dict], targets: Targets) -> list
         name = END if error.rule.startswith(NO_END_TOKEN) else SERVING if error.rule.startswith(PROMPT_DIFFERS) else READING
         return [{name: f"the chat template {error.rule}"}]
     served = iter(_served(tokenizer, [record for record in records if record["messages"]], targets))
-    return [_chat_problems(tokenizer, record, sample, targets, next(served)) if record["messages"]
+    end = _end_id(tokenizer)
+    return [_chat_problems(tokenizer, record, sample, targets, next(served), end) if record["messages"]
             else _document_problems(tokenizer, record, sample) for record, sample in zip(records, samples, strict=True)]
 
 
@@ -189,10 +199,11 @@ def prove(tokenizer: Any, records: Sequence[dict], targets: Targets = "last") ->
         for record, problems in zip(part, _problems(tokenizer, part, targets), strict=True):
             for name, detail in problems.items():
                 failed[name].append(f"{place(record)}: {detail}")
-    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id == tokenizer.eos_token_id:
-        failed["padding is not the end token"].append(
-            f"both are {tokenizer.eos_token!r}: where padding is taken out of the loss, so is every end of an answer")
     chats = any(record["messages"] for record in records)
+    ends = [_end_id(tokenizer)] * chats + [tokenizer.eos_token_id] * any(not record["messages"] for record in records)
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id in ends:
+        failed["padding is not the end token"].append(
+            f"both are {tokenizer.pad_token!r}: where padding is taken out of the loss, so is every end of an answer")
     names = [name for name in PROOFS if chats or name not in ("no prompt token supervised", SERVING)]
     return [Proof(name, not failed[name], f"{len(failed[name]):,} of {len(records):,} records, first {failed[name][0]}" if failed[name]
                   else f"{len(records):,} records", PROOFS[name]) for name in names]

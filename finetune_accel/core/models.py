@@ -17,7 +17,7 @@ from filelock import FileLock
 
 from .errors import BadInput
 from .sources import cache_dir, fetch_package, file_digest, hub_revision, local_path, package_pin, scheme, source_digest
-from .template import check_template_ends, plain_template
+from .template import check_template_ends, plain_template, switch_thinking_off
 
 # %% auto #0
 __all__ = ['KNOWN_MODELS', 'ModelFacts', 'PackagedModel', 'model_facts', 'check_model_folder', 'refuse_links', 'convert_gguf',
@@ -177,7 +177,7 @@ def load_tokenizer(folder: Path):
     """
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = switch_thinking_off(AutoTokenizer.from_pretrained(folder))
     if not tokenizer.chat_template:
         tokenizer.chat_template = plain_template(tokenizer)
     check_template_ends(tokenizer.get_chat_template(), tuple(tokenizer.special_tokens_map.items()))

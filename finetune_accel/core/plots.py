@@ -16,7 +16,7 @@ plt.rcParams["svg.hashsalt"] = "finetune-accel"  # the same figure is the same f
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")  # Tol's palette, distinct to most eyes
 
 # %% auto #0
-__all__ = ['COLOURS', 'PERPLEXITY', 'save_svg', 'training_curves', 'score_bars']
+__all__ = ['COLOURS', 'PERPLEXITY', 'BELOW', 'save_svg', 'training_curves', 'score_bars']
 
 # %% ../../nbs/core/plots.ipynb #202c7840
 def save_svg(figure: Figure, path: Path) -> None:
@@ -36,13 +36,26 @@ def _draw_criteria(panel: Axes, history: list[dict], criteria: list[str]) -> Non
     panel.legend(loc="best", fontsize=8)
 
 
+BELOW = {"grad_norm": "gradient norm", "learning_rate": "learning rate", "tokens_per_second": "tokens a second"}
+
+
+def _draw_logged(panel: Axes, history: list[dict], key: str, label: str) -> None:
+    points = [(entry["step"], entry[key]) for entry in history if key in entry]
+    if points:
+        panel.plot(*zip(*points), color=COLOURS[0])
+    panel.set(xlabel="step", ylabel=label, ylim=(0, None))
+
+
 def training_curves(history: list[dict], criteria: list[str], what: str = "answers only") -> Figure:
-    """Draw the training loss (of `what`) and the dev scores over steps. `history` has one dict a logged step."""
+    """Draw the training loss (of `what`), the dev scores, gradient norm and learning rate over steps.
+
+    `history` has one dict a logged step.
+    """
     shares, others = [c for c in criteria if c != PERPLEXITY], [c for c in criteria if c == PERPLEXITY]
-    figure, panels = plt.subplots(1, 1 + bool(shares) + bool(others), figsize=(9, 3), squeeze=False)
-    losses = [(entry["step"], entry["loss"]) for entry in history if "loss" in entry]
-    panels[0, 0].plot(*zip(*losses), color=COLOURS[0])
-    panels[0, 0].set(xlabel="step", ylabel=f"training loss ({what})", ylim=(0, None))
+    figure, panels = plt.subplots(2, 1 + bool(shares) + bool(others), figsize=(9, 5), squeeze=False, height_ratios=(3, 2))
+    _draw_logged(panels[0, 0], history, "loss", f"training loss ({what})")
+    for panel, key in zip(panels[1], BELOW):
+        _draw_logged(panel, history, key, BELOW[key])
     if shares:
         _draw_criteria(panels[0, 1], history, shares)
         panels[0, 1].set(xlabel="step", ylabel="score on dev", ylim=(-0.03, 1.03))

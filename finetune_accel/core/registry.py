@@ -5,13 +5,15 @@
 # %% ../../nbs/core/registry.ipynb #9b7fe3db
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 import mlflow
 from filelock import FileLock
+from huggingface_hub import ModelCard
+from transformers import pipelines
 
 from .errors import BadInput
 from .runs import locked_versions
@@ -27,23 +29,29 @@ def registered_name(register_to: str, engagement: str) -> str:
     return f"{register_to}.{engagement.replace('-', '_')}"
 
 
-def register_model(tracker: Tracker, model: Any, tokenizer: Any, name: str, metadata: dict,
-                   approach: str) -> dict | None:
-    """Log model and tokenizer as an MLflow chat model (completions for plain text) and register it: {name, version, uri}.
+def register_model(tracker: Tracker, folder: Path, name: str, metadata: dict, approach: str, asked: str) -> dict | None:
+    """Log the model in `folder` as an MLflow chat model (completions for plain text) and register it: {name, version, uri}.
 
-    `metadata` (base model, licence, digests) is kept with the model. Returns None where the store cannot be reached.
+    The folder is copied, not loaded: a large model fits into memory once, and has just been there. `metadata` (base model,
+    licence, digests) is kept with the model, `asked` as its input example. Returns None where the store cannot be reached.
     """
-    task = "llm/v1/completions" if approach == "continued_pretraining" else "llm/v1/chat"
+    reads_texts = approach == "continued_pretraining"
+    example = {"prompt": asked} if reads_texts else {"messages": [{"role": "user", "content": asked}]}
+    card = ModelCard(f"---\nlicense: {json.dumps(metadata['licence'])}\n---\nTuned from {metadata['base_model']} for {name}.\n")
+
+    # transformers 5.23 keeps the name of a task's class, MLflow 3.17 expects the class.
+    pipelines.SUPPORTED_TASKS["text-generation"]["impl"] = pipelines.TextGenerationPipeline
 
     def log() -> dict:
         with mlflow.start_run(run_id=tracker.run_id):
             pins = [pin for pin in locked_versions() if pin.split("==")[0] in ("torch", "transformers", "accelerate")]
-            info = mlflow.transformers.log_model({"model": model, "tokenizer": tokenizer}, name="model", task=task,
-                                                 registered_model_name=name, pip_requirements=pins, metadata=metadata)
+            info = mlflow.transformers.log_model(str(folder), name="model", task="llm/v1/completions" if reads_texts else "llm/v1/chat",
+                                                 registered_model_name=name, pip_requirements=pins, metadata=metadata,
+                                                 input_example=example, model_card=card)
         return {"name": name, "version": int(info.registered_model_version), "uri": f"models:/{name}/{info.registered_model_version}"}
 
     offline = os.environ.get("HF_HUB_OFFLINE")
-    os.environ["HF_HUB_OFFLINE"] = "1"  # MLflow would ask a hub for the model card of a model that no hub knows
+    os.environ["HF_HUB_OFFLINE"] = "1"  # MLflow would ask a hub for the licence of a model that no hub knows
     try:
         return tracker.attempt(log) if tracker.run_id else None
     finally:

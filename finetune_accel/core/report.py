@@ -96,7 +96,8 @@ def lineage(results: dict[str, dict]) -> list[tuple[str, str, str]]:
     if trained := results.get("train"):
         base = trained["base_model"]
         rows.append(("base model", f"{base['source']}, {base['parameters'] / 1e6:.0f} M parameters ({base['licence']})", base["digest"]))
-        rows += [(name, trained["outputs"][name]["path"], trained["outputs"][name]["sha256"]) for name in ("adapter", "merged")]
+        rows += [(name, trained["outputs"][name]["path"], trained["outputs"][name]["sha256"]) for name in ("adapter", "merged")
+                 if name in trained["outputs"]]
     return rows
 
 

@@ -16,9 +16,10 @@ from typing import Any, Literal, NamedTuple
 from .errors import BadInput
 
 # %% auto #0
-__all__ = ['PLAIN_TEMPLATE', 'PROBE', 'CONTROL_TOKEN', 'Targets', 'PROMPT_DIFFERS', 'NO_END_TOKEN', 'REFUSES', 'conversation',
-           'with_default_system', 'plain_template', 'check_template_ends', 'control_token', 'control_tokens',
-           'ControlTokens', 'Segment', 'prompt_ids', 'renderer', 'chat_segments', 'encode_records', 'token_counts']
+__all__ = ['THINKING_OFF', 'PLAIN_TEMPLATE', 'PROBE', 'CONTROL_TOKEN', 'Targets', 'PROMPT_DIFFERS', 'NO_END_TOKEN', 'REFUSES',
+           'ANSWER', 'conversation', 'with_default_system', 'switch_thinking_off', 'plain_template',
+           'check_template_ends', 'control_token', 'control_tokens', 'ControlTokens', 'Segment', 'prompt_ids',
+           'renderer', 'end_of_turn', 'stop_at_end_of_turn', 'chat_segments', 'encode_records', 'token_counts']
 
 # %% ../../nbs/core/template.ipynb #00bb6192
 def conversation(prompt: str, system_prompt: str | None) -> list[dict[str, str]]:
@@ -36,6 +37,17 @@ def with_default_system(chat_template: str, system_prompt: str | None) -> str:
             + "}] + messages %}{% endif %}" + chat_template)
 
 # %% ../../nbs/core/template.ipynb #e3dcda87
+THINKING_OFF = "{% set enable_thinking = false %}"
+
+
+def switch_thinking_off(tokenizer: Any) -> Any:
+    """Set the switch `enable_thinking` of the tokenizer's chat template, if it has one, to off; return the tokenizer."""
+    template = tokenizer.chat_template
+    if isinstance(template, str) and "enable_thinking" in template and THINKING_OFF not in template:
+        tokenizer.chat_template = THINKING_OFF + template
+    return tokenizer
+
+# %% ../../nbs/core/template.ipynb #b3b99527
 PLAIN_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'assistant' %}{{ message['content'] + eos_token + '\\n' }}"
@@ -50,7 +62,7 @@ def plain_template(tokenizer: Any) -> str:
     begins = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
     return ("{{ bos_token }}" if begins else "") + PLAIN_TEMPLATE
 
-# %% ../../nbs/core/template.ipynb #384a7618
+# %% ../../nbs/core/template.ipynb #f31b1b63
 PROBE = """
 import json, sys
 from datetime import datetime
@@ -97,7 +109,7 @@ def check_template_ends(chat_template: str, special_tokens: tuple[tuple[str, str
         raise BadInput("chat template", f"{problem} with a conversation of four short messages",
                        "do not use this model, or replace its chat template by its publisher's")
 
-# %% ../../nbs/core/template.ipynb #f31b1b63
+# %% ../../nbs/core/template.ipynb #c3df1c77
 CONTROL_TOKEN = re.compile(
     r"<\|[a-zA-Z0-9_]{2,40}\|>|<(?:start|end)_of_turn>|\[/?INST\]|</?s>"  # ChatML, Llama 3; Gemma; Llama 2, Mistral
     r"|<(?:repo_?name|file_sep|filename|gh_stars|issue_\w+|jupyter_\w+|empty_output)>")  # SmolLM2
@@ -120,7 +132,7 @@ def control_tokens(tokenizer: Any) -> list[str]:
                    if len(token.content.strip()) > 1
                    and (token.special or CONTROL_TOKEN.fullmatch(token.content) or token.content in template)})
 
-# %% ../../nbs/core/template.ipynb #c3df1c77
+# %% ../../nbs/core/template.ipynb #38515fb5
 class ControlTokens:
     """Find and escape a model's control tokens in text; made from their list, small enough to send to a worker."""
 
@@ -137,7 +149,7 @@ class ControlTokens:
         """Return `text` with a space after the first character of each control token."""
         return self.pattern.sub(lambda found: f"{found.group(0)[0]} {found.group(0)[1:]}", text)
 
-# %% ../../nbs/core/template.ipynb #38515fb5
+# %% ../../nbs/core/template.ipynb #6c857126
 Targets = Literal["last", "all"]
 PROMPT_DIFFERS = "does not write the prompt as the beginning of the whole conversation"
 NO_END_TOKEN = "writes no end-of-turn token after the answer, so the model would never learn to stop"
@@ -169,7 +181,34 @@ def renderer(tokenizer: Any) -> Callable[[list[dict], bool], str]:
     return lambda messages, prompt: compiled.render(messages=messages, tools=None, documents=None,
                                                     add_generation_prompt=prompt, **tokens)
 
-# %% ../../nbs/core/template.ipynb #8437baf6
+# %% ../../nbs/core/template.ipynb #766ee493
+ANSWER = "finetune-accel"  # what no template writes by itself
+
+
+def end_of_turn(tokenizer: Any) -> str:
+    """Return the control token that the chat template writes first after an answer, or the end token if it writes none."""
+    turns = [*conversation("a", None), {"role": "assistant", "content": ANSWER}]
+    try:
+        behind = renderer(tokenizer)(turns, False).rpartition(ANSWER)
+    except Exception:  # what a template refuses is said where a customer's conversation is written
+        return tokenizer.eos_token
+    pieces = tokenizer(behind[2], add_special_tokens=False)["input_ids"] if behind[1] else []
+    for token in pieces:
+        text = tokenizer.decode([token], clean_up_tokenization_spaces=False)
+        if CONTROL_TOKEN.fullmatch(text.strip()) or text and not tokenizer.decode([token], skip_special_tokens=True):
+            return text
+    return tokenizer.eos_token
+
+
+def stop_at_end_of_turn(model: Any, tokenizer: Any) -> None:
+    """Add the token that ends an answer to those at which `model` stops, also for whoever loads what is saved of it."""
+    configured = model.generation_config.eos_token_id
+    ids = [i for i in (configured if isinstance(configured, list) else [configured]) if i is not None]
+    end = tokenizer.convert_tokens_to_ids(end_of_turn(tokenizer)) if tokenizer.chat_template else None
+    if end is not None and end not in ids:
+        model.generation_config.eos_token_id = [*ids, end]
+
+# %% ../../nbs/core/template.ipynb #b688d1c8
 def chat_segments(render: Callable, messages: Sequence[dict], end_token: str, targets: Targets = "last") -> list[Segment]:
     """Return prompt and answer, alternating, of a conversation that ends with the assistant. Raises BadInput."""
     turns = [len(messages) - 1]
@@ -190,13 +229,13 @@ def chat_segments(render: Callable, messages: Sequence[dict], end_token: str, ta
         written = closed[:end]  # what a template writes after the end token belongs to the next prompt
     return segments
 
-# %% ../../nbs/core/template.ipynb #ff79174f
-def _leading_token(tokenizer: Any) -> str:
-    """Return what to write before a segment that does not start a text: the end token if the tokenizer needs one, or ""."""
+# %% ../../nbs/core/template.ipynb #6d3253e3
+def _leading_token(tokenizer: Any, end: str) -> str:
+    """Return what to write before a segment that does not start a text: the end token `end` if the tokenizer needs one, or ""."""
     def ids(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    return "" if ids(tokenizer.eos_token + "a")[1:] == ids("a") else tokenizer.eos_token
+    return "" if all(ids(end + text)[1:] == ids(text) for text in ("a", "\n")) else end
 
 
 def _tokenise(tokenizer: Any, texts: list[str], add_special_tokens: bool) -> list[Any]:
@@ -214,8 +253,9 @@ def _encoded(tokenizer: Any, records: Sequence[dict], targets: Targets) -> list[
         raise BadInput("tokenizer", "names no end token, so no answer could end", "set eos_token in tokenizer_config.json")
     chats = [i for i, record in enumerate(records) if record["messages"]]
     documents = [i for i, record in enumerate(records) if not record["messages"]]
-    render, lead = (renderer(tokenizer), _leading_token(tokenizer)) if chats else (None, "")
-    segments = [chat_segments(render, records[i]["messages"], tokenizer.eos_token, targets) for i in chats]
+    render, end = (renderer(tokenizer), end_of_turn(tokenizer)) if chats else (None, "")
+    lead = _leading_token(tokenizer, end) if chats else ""
+    segments = [chat_segments(render, records[i]["messages"], end, targets) for i in chats]
     texts = [lead + segment.text if place and lead else segment.text for parts in segments for place, segment in enumerate(parts)]
     encodings = iter(_tokenise(tokenizer, texts, False))
     done = {i: [(next(encodings), 1 if place and lead else 0, segment.bears_loss) for place, segment in enumerate(parts)]
@@ -229,7 +269,7 @@ def _ends(record: dict, tokenizer: Any, parts: list) -> bool:
     """Say whether an end token is to be added: after the last piece of a document, unless the tokenizer wrote one."""
     return not record["messages"] and record.get("last", True) and parts[0][0].ids[-1:] != [tokenizer.eos_token_id]
 
-# %% ../../nbs/core/template.ipynb #b688d1c8
+# %% ../../nbs/core/template.ipynb #49ee8fba
 def encode_records(tokenizer: Any, records: Sequence[dict], targets: Targets = "last") -> list[dict[str, list[int]]]:
     """Return {input_ids, completion_mask} a record, equally long lists; mask 1 on answers with their end token.
 

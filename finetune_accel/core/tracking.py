@@ -5,8 +5,10 @@
 # %% ../../nbs/core/tracking.ipynb #6580fd12
 from __future__ import annotations
 
+import importlib.metadata
 import math
 import os
+import platform
 import time
 import warnings
 from pathlib import Path
@@ -25,7 +27,8 @@ from .secrets import redact
 from .settings import PhaseSettings
 
 # %% auto #0
-__all__ = ['store_uri', 'open_store', 'experiment_id', 'parent_run', 'child_run', 'Tracker', 'start_phase', 'log_report']
+__all__ = ['store_uri', 'open_store', 'experiment_id', 'parent_run', 'child_run', 'Tracker', 'environment', 'start_phase',
+           'log_report']
 
 # %% ../../nbs/core/tracking.ipynb #c911a5f7
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
@@ -119,6 +122,18 @@ class Tracker:
         if self.run_id and batch:
             self.attempt(lambda: self.client.log_batch(self.run_id, metrics=batch))
 
+    def params(self, values: dict[str, Any]) -> None:
+        """Log what was decided in the run, beside the settings; a name can be logged once."""
+        params = [Param(key, redact(str(value))[:6000]) for key, value in values.items()]
+        if self.run_id and params:
+            self.attempt(lambda: self.client.log_batch(self.run_id, params=params))
+
+    def table(self, rows: list[dict], name: str) -> None:
+        """Add rows to the table `name`, a .json artifact that MLflow shows as a table."""
+        columns = {key: [row[key] for row in rows] for key in (rows[0] if rows else ())}
+        if self.run_id and rows:
+            self.attempt(lambda: self.client.log_table(self.run_id, columns, name))
+
     def file(self, path: Path, folder: str | None = None) -> None:
         """Log a file or a whole folder as an artifact."""
         if self.run_id:
@@ -143,6 +158,12 @@ class Tracker:
         return self.run_id
 
 # %% ../../nbs/core/tracking.ipynb #ad918380
+def environment() -> str:
+    """Return this process's Python, system and all installed packages with their versions, one a line."""
+    installed = {f"{one.metadata['Name']}=={one.version}" for one in importlib.metadata.distributions() if one.metadata["Name"]}
+    return "\n".join([f"# Python {platform.python_version()} on {platform.platform()}", *sorted(installed, key=str.lower)]) + "\n"
+
+# %% ../../nbs/core/tracking.ipynb #93c9a4be
 def start_phase(settings: PhaseSettings) -> PhaseRun:
     """Open the run of the phase whose `XSettings` these are. Raises BadInput if an earlier phase is missing."""
     name = type(settings).__module__.split(".")[-1]

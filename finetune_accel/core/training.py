@@ -8,46 +8,75 @@ from __future__ import annotations
 import math
 import resource
 import sys
+import threading
 import time
+import warnings
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers import TrainerCallback, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
-from .adapters import add_adapters
+from .adapters import AdapterPlan, LoraLinear, add_adapters
 from .attention import answering
+from .checkpoints import BestWeights
 from .errors import BadInput, PhaseFailed
+from .fast_layers import use_fast_layers
+from .frozen import Storage
 from .loss import IGNORED, causal_lm_loss
-from .packing import deal, lay_out_row, row_count, tokens_read
+from .optimiser import MasterAdamW
+from .packing import deal, lay_out_row, row_count, rows_of_step, tokens_read
 
 # %% auto #0
-__all__ = ['TrainingPlan', 'TrainingResult', 'training_dataset', 'PackedSFTTrainer', 'trainer_arguments', 'train_lora',
-           'training_result', 'peak_memory_gib', 'merge_and_save', 'check_saved']
+__all__ = ['Method', 'LEARNING_RATES', 'SPECIAL_IDS', 'TrainingPlan', 'TrainingResult', 'training_dataset', 'Step',
+           'row_on_device', 'add_gradients', 'gradients_apart', 'PackedSFTTrainer', 'forget_what_did_not_fit',
+           'peak_memory_gib', 'trainer_arguments', 'trainable', 'train', 'training_result', 'operations_a_token']
 
 # %% ../../nbs/core/training.ipynb #bfd99849
+Method = Literal["lora", "qlora", "full"]
+LEARNING_RATES = {"lora": 2e-3, "qlora": 2e-3, "full": 2e-5}  # an adapter starts at nothing and has far to go; a trained model has not
+
+
 @dataclass(frozen=True)
 class TrainingPlan:
-    """What a LoRA run needs to know besides model and data; `max_steps`, if given, ends it before `epochs` do."""
+    """What a run needs to know besides model and data.
 
-    rank: int = 16
-    alpha: int = 32
-    learning_rate: float = 2e-3
+    `max_steps` ends it before `epochs` do; `learning_rate` None is the method's own. `adapter`, `start_from` (the folder of an
+    adapter to go on from) and `storage` (of frozen weights) belong to LoRA. `micro_batch_tokens` None puts a step's samples into
+    one row. `best_by` names the dev score whose best weights are kept, `patience` how many measurements without a better
+    one end the run.
+    """
+
+    method: Method = "lora"
+    adapter: AdapterPlan = AdapterPlan()
+    start_from: Path | None = None
+    storage: Storage = "plain"
+    learning_rate: float | None = None
     schedule: str = "linear"
     warmup_share: float = 0.05
     epochs: float = 1.0
     max_steps: int | None = None
     batch_size: int = 8
+    micro_batch_tokens: int | None = None
+    checkpointing: bool = False
     evaluations: int = 0
+    best_by: str | None = None
+    patience: int | None = None
     seed: int = 17
     deterministic: bool = False
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """The learning rate after warm-up."""
+        return self.learning_rate or LEARNING_RATES[self.method]
 
     def steps(self, samples: int) -> int:
         """Return the number of optimiser steps for `samples` samples."""
@@ -61,7 +90,11 @@ class TrainingPlan:
 
 @dataclass
 class TrainingResult:
-    """What a run did: times in seconds without evaluations, memory in GiB, `history` one dict a logged step."""
+    """What a run did: times in seconds without evaluations, memory in GiB, `history` one dict a logged step.
+
+    `micro_batch_tokens` is the limit it ended with and `halvings` how often memory made it smaller; `best` says which weights
+    were kept (None: the last).
+    """
 
     steps: int
     samples: int
@@ -71,6 +104,10 @@ class TrainingResult:
     tokens_per_second: float
     peak_memory_gib: float
     dtype: str
+    micro_batch_tokens: int | None = None
+    halvings: int = 0
+    best: dict | None = None
+    stopped_early: bool = False
     loss: dict[str, float] = field(default_factory=dict)
     history: list[dict[str, float]] = field(default_factory=list)
 
@@ -90,93 +127,186 @@ def training_dataset(samples: Sequence[dict]) -> Dataset:
                        "check that answers are not empty and that the mask covers them")
     return Dataset.from_dict({"input_ids": [sample["input_ids"] for sample in samples], "labels": labels})
 
+
+@dataclass
+class Step:
+    """The samples (`input_ids`, `labels`) of one optimiser step."""
+
+    samples: list[dict]
+
+    def supervised(self) -> int:
+        """Return how many tokens bear loss."""
+        return sum(label != IGNORED for sample in self.samples for label in sample["labels"])
+
+    def rows(self, hands: int, micro_batch_tokens: int | None) -> list[list[list[dict]]]:
+        """Return for each of `hands` workers the rows that it computes one after the other."""
+        return [rows_of_step(hand, micro_batch_tokens) for hand in deal(self.samples, hands)]
+
 # %% ../../nbs/core/training.ipynb #7dd71fd5
+def row_on_device(model: torch.nn.Module, samples: Sequence[dict]) -> dict:
+    """Lay samples out as one row on the model's device, sharing a common prefix on the CPU only."""
+    device = next(model.parameters()).device
+    row = lay_out_row(samples, share_prefix=device.type == "cpu")
+    tensors = {key: value for key, value in row.items() if isinstance(value, torch.Tensor)}
+    if device.type == "cuda":  # from pinned memory, so that the processor does not wait for the copy
+        tensors = {key: value.pin_memory().to(device, non_blocking=True) for key, value in tensors.items()}
+    return row | tensors
+
+
+def add_gradients(model: torch.nn.Module, rows: Sequence[Sequence[dict]], count: int) -> tuple[torch.Tensor, int]:
+    """Add the gradients of `rows` to the parameters', one row after the other: returns (loss / `count`, tokens read)."""
+    total, tokens = 0.0, 0
+    for samples in rows:
+        row = row_on_device(model, samples)
+        loss = causal_lm_loss(model, row, count)
+        loss.backward()
+        total, tokens = total + loss.detach(), tokens + tokens_read(row)
+    return total, tokens
+
+
+def gradients_apart(model: torch.nn.Module, rows: Sequence[Sequence[dict]], count: int) -> tuple[torch.Tensor, int, list[torch.Tensor]]:
+    """Return (loss / `count`, tokens read, float32 gradients of the trainable parameters) of `rows`, leaving the parameters alone."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    total, tokens, sums = 0.0, 0, None
+    for samples in rows:
+        row = row_on_device(model, samples)
+        loss = causal_lm_loss(model, row, count)
+        gradients = [gradient.float() for gradient in torch.autograd.grad(loss, trainable)]
+        sums = gradients if sums is None else [one.add_(other) for one, other in zip(sums, gradients, strict=True)]
+        total, tokens = total + loss.detach(), tokens + tokens_read(row)
+    return total, tokens, sums
+
+# %% ../../nbs/core/training.ipynb #72b66a0d
 class PackedSFTTrainer(SFTTrainer):
     """TRL's SFTTrainer on packed rows with the loss of `core.loss`; counts `tokens`, `supervised_tokens` and `seconds`."""
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, micro_batch_tokens: int | None = None, **kwargs):
         super().__init__(*args, **kwargs)
-        self.tokens, self.supervised_tokens, self.seconds = 0, 0, 0.0
-        self.rows, self.threads = row_count(self.args.per_device_train_batch_size), torch.get_num_threads()
-        self.workers = ThreadPoolExecutor(self.rows)
-        self.data_collator = lambda samples: {"rows": [lay_out_row(hand) for hand in deal(samples, self.rows)]}
+        self.micro_batch_tokens, self.halvings = micro_batch_tokens, 0
+        self.tokens, self.supervised_tokens, self.seconds, self.started = 0, 0, 0.0, None
+        self.hands, self.threads = row_count(self.args.per_device_train_batch_size), torch.get_num_threads()
+        self.workers = ThreadPoolExecutor(self.hands)
+        self.data_collator = lambda samples: {"step": Step(samples)}
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        """Compute the gradient of one step; raises PhaseFailed if the loss is not a finite number."""
-        rows = inputs["rows"]
-        count = sum(int((row["labels"] != IGNORED).sum()) for row in rows)
-        self.tokens += sum(tokens_read(row) for row in rows)
-        self.supervised_tokens += count
-        if len(rows) == 1:
-            loss = super().training_step(model, rows[0], count)
-        else:
-            model.train()
-            loss = self._add_gradients(model, rows, count)
-        if not torch.isfinite(loss):
-            raise PhaseFailed(f"the training loss became {loss.item()} at step {self.state.global_step + 1}. "
-                              f"Fix: lower learning_rate (it is {self.args.learning_rate}).")
+        """Compute the gradient of one step and return its loss, in smaller rows if memory does not suffice for these."""
+        self.started = self.started or time.perf_counter()
+        model.train()
+        step, done = inputs["step"], None
+        while done is None:
+            try:
+                done = self._gradient(model, step)
+            except torch.OutOfMemoryError:
+                forget_what_did_not_fit(model)
+            if done is None:  # outside of the handler, whose traceback holds on to what did not fit
+                self._halve(step)
+        loss, tokens = done
+        self.tokens, self.supervised_tokens = self.tokens + tokens, self.supervised_tokens + step.supervised()
         return loss
 
-    def _add_gradients(self, model: PeftModel, rows: list[dict], count: int) -> torch.Tensor:
-        """Set the trainable parameters' gradients to the sum over `rows`; returns the mean loss of `count` tokens."""
+    def _gradient(self, model: torch.nn.Module, step: Step) -> tuple[torch.Tensor, int]:
+        """Set the trainable parameters' gradients for one step; returns the mean loss and the tokens read."""
+        hands, count = step.rows(self.hands, self.micro_batch_tokens), step.supervised() or 1
+        if len(hands) == 1:
+            return add_gradients(model, hands[0], count)
+
+        def work(rows: list[list[dict]]) -> tuple[torch.Tensor, int, list[torch.Tensor]]:
+            torch.set_num_threads(max(1, self.threads // self.hands))
+            return gradients_apart(model, rows, count)
+
+        futures = [self.workers.submit(work, rows) for rows in hands]
+        wait(futures)
+        losses, tokens, gradients = zip(*(future.result() for future in futures), strict=True)
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-        def loss_and_gradient(row: dict) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-            torch.set_num_threads(max(1, self.threads // self.rows))
-            loss = causal_lm_loss(model, row, count)
-            return loss.detach(), torch.autograd.grad(loss, trainable)
-
-        losses, gradients = zip(*self.workers.map(loss_and_gradient, rows), strict=True)
         for parameter, *parts in zip(trainable, *gradients, strict=True):
             parameter.grad = sum(parts[1:], parts[0])
-        return sum(losses)
+        return sum(losses), sum(tokens)
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Return the mean cross-entropy of the answer's tokens (`return_outputs` is not supported)."""
-        if return_outputs:
-            raise ValueError("PackedSFTTrainer computes no logits: evaluate by generating answers")
-        return causal_lm_loss(self.accelerator.unwrap_model(model), inputs, num_items_in_batch)
+    def _halve(self, step: Step) -> None:
+        """Halve the largest row allowed, say so the first time; raises PhaseFailed where a single sample does not fit."""
+        rows = [row for hand in step.rows(self.hands, self.micro_batch_tokens) for row in hand]
+        largest = max(rows, key=lambda row: sum(len(sample["input_ids"]) for sample in row))
+        tokens = sum(len(sample["input_ids"]) for sample in largest)
+        if len(largest) == 1:
+            raise PhaseFailed(f"the memory does not suffice for a sample of {tokens:,} tokens. Fix: set train.checkpointing to true, "
+                              "prepare.max_tokens lower, method to lora or qlora, or choose a smaller base model.")
+        before = self.micro_batch_tokens or tokens
+        self.micro_batch_tokens = min(before // 2, tokens - 1)
+        self.halvings += 1
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if self.halvings == 1:
+            warnings.warn(f"out of memory with rows of {before:,} tokens: going on with at most {self.micro_batch_tokens:,}, or less "
+                          f"if need be; a step still learns from {self.args.per_device_train_batch_size} samples", stacklevel=2)
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        """Make AdamW with float32 states and weights, in one kernel."""
+        trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimizer = MasterAdamW(trainable, lr=self.args.learning_rate, weight_decay=self.args.weight_decay, fused=True)
+        return self.optimizer
+
+    def stop_clock(self) -> None:
+        """Add the time since the clock was started by a step to `seconds`."""
+        if self.started is not None:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            self.seconds, self.started = self.seconds + time.perf_counter() - self.started, None
 
     def floating_point_ops(self, inputs: dict) -> int:
         """Leave the Trainer's own estimate out: it knows no rows."""
         return 0
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add `tokens_per_second` (without evaluations) to what is logged."""
-        if "loss" in logs and self.seconds:
-            logs["tokens_per_second"] = self.tokens / self.seconds
+        """Add tokens, speed and memory to what is logged with a loss; raises PhaseFailed if that is not a finite number."""
+        self.stop_clock()
+        if "loss" in logs:
+            if not math.isfinite(logs["loss"]):
+                raise PhaseFailed(f"the training loss became {logs['loss']} before step {self.state.global_step + 1}. "
+                                  f"Fix: lower learning_rate (it is {self.args.learning_rate}).")
+            logs |= {"num_tokens": self.tokens, "tokens_per_second": self.tokens / self.seconds, "peak_memory_gib": peak_memory_gib()}
         super().log(logs, start_time)
 
-# %% ../../nbs/core/training.ipynb #72b66a0d
-class _Clock(TrainerCallback):
-    """Add up the seconds between a step's begin and its end."""
 
-    def __init__(self, trainer: PackedSFTTrainer):
-        self.trainer, self.begun = trainer, 0.0
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self.begun = time.perf_counter()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.trainer.seconds += time.perf_counter() - self.begun
+def forget_what_did_not_fit(model: torch.nn.Module) -> None:
+    """Let go of gradients, and of what sibling layers still hold, which would keep the whole interrupted forward pass in memory."""
+    model.zero_grad()
+    for module in model.modules():
+        if isinstance(module, LoraLinear) and module.siblings is not None:
+            module.siblings.pending = threading.local()
 
 
-class _Evaluator(TrainerCallback):
-    """Call `on_evaluate(model, step)` after the given steps and log what it returns."""
-
-    def __init__(self, trainer: PackedSFTTrainer, on_evaluate: Callable[..., dict[str, float]], steps: set[int]):
-        self.trainer, self.on_evaluate, self.steps = trainer, on_evaluate, steps
-
-    def on_step_end(self, args, state, control, model=None, **kwargs):
-        if state.global_step in self.steps:
-            torch.set_num_threads(self.trainer.threads)
-            with answering(model):
-                scores = self.on_evaluate(model, state.global_step)
-            wanted = control.should_log
-            self.trainer.log(dict(scores))
-            control.should_log = wanted  # logging scores must not swallow the loss of the same step
+def peak_memory_gib() -> float:
+    """Return the largest memory this process held so far, in GiB (of the GPU if there is one)."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    unit = 1 if sys.platform == "darwin" else 2**10  # macOS counts bytes, Linux KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 # %% ../../nbs/core/training.ipynb #2cb92150
+class _Evaluator(TrainerCallback):
+    """Call `on_evaluate(model, step)` after the given steps, log what it returns and offer the weights to `best`."""
+
+    def __init__(self, trainer: PackedSFTTrainer, on_evaluate: Callable[..., dict[str, float]], steps: set[int],
+                 best: BestWeights | None, patience: int | None):
+        self.trainer, self.on_evaluate, self.steps = trainer, on_evaluate, steps
+        self.best, self.patience, self.stopped_early = best, patience, False
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step not in self.steps:
+            return
+        self.trainer.stop_clock()
+        torch.set_num_threads(self.trainer.threads)
+        with answering(model):
+            scores = self.on_evaluate(model, state.global_step)
+        wanted = control.should_log
+        self.trainer.log(dict(scores))
+        control.should_log = wanted  # logging scores must not swallow the loss of the same step
+        if self.best:
+            self.best.offer(model, state.global_step, scores)
+            if self.patience and self.best.waiting >= self.patience and state.global_step < args.max_steps:
+                self.stopped_early = control.should_training_stop = control.should_log = True
+
+# %% ../../nbs/core/training.ipynb #a518d6e4
 def trainer_arguments(plan: TrainingPlan, samples: int, output_dir: Path) -> SFTConfig:
     """Translate a plan into TRL's configuration: nothing cut, no saving, no reporting of its own."""
     steps = plan.steps(samples)
@@ -185,13 +315,13 @@ def trainer_arguments(plan: TrainingPlan, samples: int, output_dir: Path) -> SFT
         max_steps=steps,
         per_device_train_batch_size=plan.batch_size,
         max_length=None,
-        learning_rate=plan.learning_rate,
+        learning_rate=plan.peak_learning_rate,
         lr_scheduler_type=plan.schedule,
         warmup_steps=math.ceil(plan.warmup_share * steps),
         weight_decay=0.0,
         logging_steps=max(1, steps // 100),
         logging_nan_inf_filter=False,
-        activation_checkpointing=False,
+        activation_checkpointing=False,  # the model is told directly, see `trainable`
         seed=plan.seed,
         full_determinism=plan.deterministic,
         use_cpu=not torch.cuda.is_available(),
@@ -203,47 +333,79 @@ def trainer_arguments(plan: TrainingPlan, samples: int, output_dir: Path) -> SFT
     )
 
 
-def train_lora(
+SPECIAL_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")  # the trainer sets the model's to its tokenizer's
+
+
+def trainable(model: PreTrainedModel, plan: TrainingPlan) -> PreTrainedModel | PeftModel:
+    """Return `model` ready to be trained by the plan's method: with adapters on frozen weights, or all of it trainable.
+
+    On a GPU its layers compute by `core.fast_layers` from here on.
+    """
+    model.set_attn_implementation("packed")
+    if plan.checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    if plan.method == "full":
+        trained = model.requires_grad_(True)
+    else:
+        trained = add_adapters(model, plan.adapter, plan.start_from, "nf4" if plan.method == "qlora" else plan.storage)
+    use_fast_layers(model)
+    return trained
+
+
+def train(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     samples: Sequence[dict],
     plan: TrainingPlan,
     output_dir: Path,
     callbacks: Sequence[TrainerCallback] = (),
-    on_evaluate: Callable[[PeftModel, int], dict[str, float]] | None = None,
-) -> tuple[PeftModel, TrainingResult]:
-    """Train LoRA adapters for `model` on encoded `samples`, in the dtype that the model was loaded in.
+    on_evaluate: Callable[[PreTrainedModel | PeftModel, int], dict[str, float]] | None = None,
+) -> tuple[PreTrainedModel | PeftModel, TrainingResult]:
+    """Train `model` on encoded `samples` as planned, computing in the dtype that it was loaded in.
 
     `on_evaluate(model, step)` is asked `plan.evaluations` times; the model it gets can generate. Raises BadInput if no
-    token bears loss, PhaseFailed if the loss becomes NaN.
+    token bears loss or the model does not fit the plan, PhaseFailed if the loss becomes NaN or a single sample exceeds the memory.
     """
     dataset = training_dataset(samples)
     set_seed(plan.seed)
-    model.set_attn_implementation("packed")
-    peft_model = add_adapters(model, plan.rank, plan.alpha)
+    trained = trainable(model, plan)
+    special = [(config, name, getattr(config, name, None)) for config in (model.config, model.generation_config) for name in SPECIAL_IDS]
     trainer = PackedSFTTrainer(
-        model=peft_model,
+        model=trained,
         args=trainer_arguments(plan, len(samples), output_dir),
         train_dataset=dataset,
-        processing_class=tokenizer,
+        processing_class=deepcopy(tokenizer),  # TRL gives one without padding its end token as padding: not to be saved with the model
         callbacks=list(callbacks),
+        micro_batch_tokens=plan.micro_batch_tokens,
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(_Clock(trainer))
+    best = BestWeights(output_dir / "best.safetensors", plan.best_by) if plan.best_by and on_evaluate else None
+    evaluator = _Evaluator(trainer, on_evaluate, plan.evaluation_steps(len(samples)), best, plan.patience)
     if on_evaluate:
-        trainer.add_callback(_Evaluator(trainer, on_evaluate, plan.evaluation_steps(len(samples))))
+        trainer.add_callback(evaluator)
     try:
         trainer.train()
+    except torch.OutOfMemoryError as error:  # outside of the rows of a step, where smaller ones would help
+        raise PhaseFailed(f"the memory does not suffice for the optimiser or for the answers on dev ({str(error).splitlines()[0][:150]}). "
+                          "Fix: choose method lora or qlora, or a smaller base model.") from None
     finally:
         trainer.workers.shutdown()
         torch.set_num_threads(trainer.threads)
+    if best:
+        best.restore(trained)
+    if plan.checkpointing:
+        model.activation_checkpointing_disable()
+    for config, name, value in special:
+        setattr(config, name, value)
     model.__dict__.pop("forward", None)  # TRL hangs its own forward on the model; ours needs none
     model.set_attn_implementation("sdpa")
-    return peft_model.eval(), training_result(trainer, dataset, str(model.dtype).removeprefix("torch."))
+    dtype = str(model.dtype).removeprefix("torch.")
+    return trained.eval(), training_result(trainer, dataset, dtype, best, evaluator.stopped_early)
 
-# %% ../../nbs/core/training.ipynb #a518d6e4
-def training_result(trainer: PackedSFTTrainer, dataset: Dataset, dtype: str) -> TrainingResult:
+# %% ../../nbs/core/training.ipynb #3154cf90
+def training_result(trainer: PackedSFTTrainer, dataset: Dataset, dtype: str, best: BestWeights | None, stopped_early: bool) -> TrainingResult:
     """Collect a finished trainer's counts, losses and history."""
+    trainer.stop_clock()
     history = [entry for entry in trainer.state.log_history if "train_runtime" not in entry]
     losses = [entry["loss"] for entry in history if "loss" in entry]
     return TrainingResult(
@@ -255,44 +417,17 @@ def training_result(trainer: PackedSFTTrainer, dataset: Dataset, dtype: str) -> 
         tokens_per_second=trainer.tokens / trainer.seconds,
         peak_memory_gib=peak_memory_gib(),
         dtype=dtype,
+        micro_batch_tokens=trainer.micro_batch_tokens,
+        halvings=trainer.halvings,
+        best=best.as_dict() if best else None,
+        stopped_early=stopped_early,
         loss={"first": losses[0], "last": losses[-1]},
         history=history,
     )
 
-
-def peak_memory_gib() -> float:
-    """Return the largest memory this process held so far, in GiB (of the GPU if there is one)."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    unit = 1 if sys.platform == "darwin" else 2**10  # macOS counts bytes, Linux KiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-
-# %% ../../nbs/core/training.ipynb #5ca879b8
-def merge_and_save(
-    peft_model: PeftModel, tokenizer: PreTrainedTokenizerBase, base_model: str, adapter_dir: Path, merged_dir: Path
-) -> PreTrainedModel:
-    """Save the adapter and the merged model as safetensors, each with its tokenizer; returns the merged model.
-
-    `base_model` is the source name written into the adapter. Raises PhaseFailed if the merged folder does not load to
-    the same model.
-    """
-    config = peft_model.peft_config["default"]
-    config.base_model_name_or_path = base_model
-    config.target_modules = sorted(config.target_modules)  # a set has another order in every process
-    peft_model.save_pretrained(adapter_dir, save_embedding_layers=False)
-    merged = peft_model.merge_and_unload(safe_merge=True).eval()
-    merged.save_pretrained(merged_dir)
-    for folder in (adapter_dir, merged_dir):
-        tokenizer.save_pretrained(folder)
-    check_saved(merged, tokenizer, merged_dir)
-    return merged
-
-
-@torch.no_grad()
-def check_saved(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Load `folder` and compare its scores on a few tokens with those of `model`; raises PhaseFailed if they differ."""
-    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype, attn_implementation="sdpa").eval()
-    template = AutoTokenizer.from_pretrained(folder).chat_template
-    probe = torch.arange(1, min(9, model.config.vocab_size), device=model.device)[None]
-    if template != tokenizer.chat_template or not torch.equal(loaded.to(model.device)(probe).logits, model(probe).logits):
-        raise PhaseFailed(f"{folder}: the saved model differs from the trained one. Fix: check free disk space, train again")
+# %% ../../nbs/core/training.ipynb #581053ef
+def operations_a_token(model: PreTrainedModel, method: Method) -> int:
+    """Return the matrix operations that training needs for one token: 4 a weight with adapters, 6 where all are trained."""
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    weights = sum(p.numel() for p in model.parameters()) - (0 if head is embedding else embedding.numel())
+    return (6 if method == "full" else 4) * weights
