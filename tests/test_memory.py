@@ -66,6 +66,14 @@ def bytes_kept(config, method: str, dtype: torch.dtype, tokens: int) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
+def test_layers_in_one_piece_are_those_that_are_counted_so():
+    pytest.importorskip("triton")
+    from finetune_accel.core.fused_layer import PLAIN_LAYERS
+    from finetune_accel.core.memory import ONE_PIECE
+
+    assert [layer.__module__.split(".")[2] for layer in PLAIN_LAYERS] == list(ONE_PIECE)
+
+
 @pytest.mark.parametrize("kind", [LlamaConfig, Qwen3Config])
 @pytest.mark.parametrize(("method", "dtype"), [("lora", "float32"), ("lora", "bfloat16"), ("full", "float32"), ("full", "bfloat16")])
 def test_what_a_layer_keeps_is_counted_right(kind, method, dtype):

@@ -179,6 +179,7 @@ def fast_paths(config: Any) -> list[str]:
 
     from finetune_accel.core.adapters import SHARED_INPUT
     from finetune_accel.core.gated_mlp import ACTIVATIONS
+    from finetune_accel.core.memory import ONE_PIECE
 
     config = deepcopy(config)
     config.num_hidden_layers = 1
@@ -187,6 +188,8 @@ def fast_paths(config: Any) -> list[str]:
     names = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     found = ["/".join(layer.removesuffix("_proj") for layer in group) + " as one product" for group in SHARED_INPUT if names.issuperset(group)]
     activations = {type(module).__name__ for module in model.modules()}
-    if names.issuperset(("gate_proj", "up_proj", "down_proj")) and activations & ACTIVATIONS.keys():
+    if config.model_type in ONE_PIECE:
+        found.append("a whole layer in one piece (GPU)")
+    elif names.issuperset(("gate_proj", "up_proj", "down_proj")) and activations & ACTIVATIONS.keys():
         found.append("gated MLP in one piece (GPU)")
     return found

@@ -120,7 +120,7 @@ def chosen_dtype(facts: DeviceFacts) -> Choice:
 def chosen_attention(facts: DeviceFacts) -> Choice:
     """Choose how attention is kept inside documents."""
     if facts.device == "cuda":
-        return Choice("varlen", "one kernel for a row of documents, without padding")
+        return Choice("documents in a row", "kernels that know the documents' bounds: no padding, nothing masked away")
     return Choice("documents", "each document alone in float32, which is faster backwards on a CPU")
 
 
