@@ -13,6 +13,9 @@ BIN := .venv/bin
 demo: .venv/.installed
 	$(BIN)/finetune-accel run home-intents
 
+# Without a GPU the kernels are tested in Triton's interpreter, which must be chosen before anything imports Triton.
+test slow: export TRITON_INTERPRET ?= $(if $(shell command -v nvidia-smi),0,1)
+
 test: .venv/.installed-dev
 	$(BIN)/python -m pytest -q tests/test_design.py
 	$(BIN)/nbdev_test --path nbs/core --n_workers 2
