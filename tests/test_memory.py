@@ -108,8 +108,8 @@ SMALL = {"model_type": "llama", "vocab_size": 16384, "hidden_size": 512, "interm
 
 @pytest.mark.parametrize("case", [
     {"method": "lora", "tokens": 1024, "dtype": "float32", "base_weights": "float32"},
-    {"method": "lora", "tokens": 1024, "dtype": "bfloat16", "base_weights": "bfloat16"},
-    {"method": "full", "tokens": 512, "dtype": "float32", "base_weights": "float32"},
+    pytest.param({"method": "lora", "tokens": 1024, "dtype": "bfloat16", "base_weights": "bfloat16"}, marks=pytest.mark.slow),
+    pytest.param({"method": "full", "tokens": 512, "dtype": "float32", "base_weights": "float32"}, marks=pytest.mark.slow),
 ], ids=["lora-float32", "lora-bfloat16", "full-float32"])
 def test_estimates_of_cpu_runs_are_within_15_percent(case):
     command = [sys.executable, BENCHMARK, "--device", "cpu", "--case", json.dumps({"model": SMALL, **case})]

@@ -353,7 +353,8 @@ def test_many_blocks_in_workers_give_the_same_rows_as_few_here(model, tmp_path, 
     assert same_rows(workers, here) 
 
 
-@pytest.mark.parametrize("engine", ["local", pytest.param("spark", marks=pytest.mark.slow)])
+@pytest.mark.slow  # test_end_to_end kills each phase, this one among them
+@pytest.mark.parametrize("engine", ["local", "spark"])
 def test_killed_halfway_a_rerun_loses_and_doubles_nothing(engine, tmp_path):
     """kill -9 while rows are being checked; the same command then gives what an uninterrupted run gives."""
     folder = write_workspace(tmp_path)
