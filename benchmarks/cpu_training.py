@@ -40,12 +40,14 @@ def messages(row: dict) -> tuple[list[dict], list[dict]]:
 
 
 def shipped_rows(folder: Path) -> str:
-    """Write the training rows of the engagement home-intents as JSON lines; return the file's path."""
-    from finetune_accel.prepare import PrepareSettings, prepare_records, rows_of
+    """Prepare the engagement home-intents; return the path of its training rows as JSON lines."""
+    from finetune_accel.core.records import read_records
 
-    rows = rows_of(prepare_records(PrepareSettings()), "train")
+    command = [sys.executable, "-m", "finetune_accel.core.cli", "run", "home-intents", "--to", "prepare", "--run-dir", str(folder / "run")]
+    subprocess.run(command, check=True, cwd=folder, stdout=subprocess.DEVNULL)
+    rows = read_records(next((folder / "run").rglob("train.parquet")))
     path = folder / "home-intents.jsonl"
-    path.write_text("".join(json.dumps({"prompt": row.prompt, "response": row.response}) + "\n" for row in rows))
+    path.write_text("".join(json.dumps({"prompt": row["prompt"], "response": row["response"]}) + "\n" for row in rows))
     return str(path)
 
 
