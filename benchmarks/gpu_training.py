@@ -47,7 +47,7 @@ PACKED = {"packing": True, "max_length": MAX_LENGTH}
 TRL_BEST = PACKED | {"per_device_train_batch_size": 4, "use_liger_kernel": True, "dataloader_num_workers": 2}
 SIDES = {  # name: (who, shape, what the side needs to know)
     "lora-ours": ("ours", "8b", {"tokens": 12288}),
-    "lora-ours-fp8": ("ours", "8b", {"tokens": 12288, "storage": "fp8"}),
+    "lora-ours-fp8": ("ours", "8b", {"tokens": 16384, "storage": "fp8"}),
     "lora-ours-nf4": ("ours", "8b", {"tokens": 12288, "method": "qlora"}),
     "lora-ours-checkpointing": ("ours", "8b", {"tokens": 16384, "checkpointing": True}),
     "lora-trl": ("trl", "8b", {"attention": "sdpa", "per_device_train_batch_size": 8}),
@@ -126,6 +126,7 @@ class StepClock:
         if self.cuda:
             torch.cuda.reset_peak_memory_stats()
         self.tokens, self.ends, self.losses, self.started = [], [], [], time.time()
+        self.micro_batches, self.counted = [], 0  # a step may have several: Unsloth has two unless told otherwise
 
     def as_callback(self):
         """Return the TrainerCallback that records."""
@@ -139,6 +140,9 @@ class StepClock:
                 if clock.cuda:
                     torch.cuda.synchronize()
                 clock.ends.append(time.time())
+                if clock.micro_batches:
+                    clock.tokens.append(sum(clock.micro_batches[clock.counted:]))
+                    clock.counted = len(clock.micro_batches)
                 if clock.ends[-1] > clock.deadline:
                     control.should_training_stop = True
 
@@ -149,12 +153,12 @@ class StepClock:
         return Callback()
 
     def count_in(self, trainer) -> None:
-        """Count the real tokens of each step of TRL's `trainer`, whose packed rows have no attention mask and no padding."""
+        """Count the real tokens of each micro-batch of TRL's `trainer`, whose packed rows have no attention mask and no padding."""
         step = trainer.training_step
 
         def counted(model, inputs, *args, **kwargs):
             mask = inputs.get("attention_mask")
-            self.tokens.append(int(mask.sum()) if mask is not None and mask.dim() == 2 else inputs["input_ids"].numel())
+            self.micro_batches.append(int(mask.sum()) if mask is not None and mask.dim() == 2 else inputs["input_ids"].numel())
             return step(model, inputs, *args, **kwargs)
 
         trainer.training_step = counted
@@ -175,7 +179,8 @@ class StepClock:
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 2**10
         return {
             "tokens_per_second": round(sum(tokens) / sum(seconds)), "median_step_tokens_per_second": round(statistics.median(rates)),
-            "steps": len(tokens), "tokens_a_micro_batch": round(statistics.mean(tokens)), "largest_micro_batch": max(tokens),
+            "steps": len(tokens), "tokens_a_micro_batch": round(statistics.mean(self.micro_batches or tokens)),
+            "largest_micro_batch": max(self.micro_batches or tokens),
             "peak_gib": round(peak / 2**30, 1), "seconds_from_trainer_to_first_step": round(self.ends[0] - self.started, 1),
             "seconds_from_process_to_first_step": round(self.ends[0] - self.process_started, 1), "first_losses": self.losses[:4],
         }

@@ -14,7 +14,7 @@ import torch
 from conftest import states
 from fastapi.testclient import TestClient
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from finetune_accel.core.architectures import (
     ARCHITECTURES,
@@ -25,7 +25,7 @@ from finetune_accel.core.architectures import (
 from finetune_accel.core.blocks import Block
 from finetune_accel.core.engagement import phases
 from finetune_accel.core.formats import Form
-from finetune_accel.core.generate import generate, load_plain
+from finetune_accel.core.generate import generate, load_plain, ready_for_messages
 from finetune_accel.core.loss import causal_lm_loss
 from finetune_accel.core.microscope import mask_table, prove, require_proofs
 from finetune_accel.core.models import load_tokenizer
@@ -160,6 +160,15 @@ def test_every_answer_of_a_conversation_may_be_learnt(case):
     turns = [{"role": role, "content": content} for row in ROWS[:3] for role, content in zip(("user", "assistant"), row.values(), strict=True)]
     failed = [proof.name for proof in prove(tokenizer, [{"messages": turns}], "all") if not proof.held]
     assert failed == (["training equals serving"] if "think" in tokenizer.chat_template else [])
+
+
+@pytest.mark.parametrize("case", ["qwen3", "smollm3"])
+def test_the_train_phase_reads_a_thinking_model_with_thinking_off(case, tmp_path):
+    """The phase reads the tokenizer before the model: what it proves and saves must be what a server will write."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model(case, tmp_path))
+    records = prepared(tmp_path)
+    assert not all(proof.held for proof in prove(tokenizer, records))  # as it comes
+    require_proofs(prove(ready_for_messages(tokenizer), records))
 
 
 def test_the_loss_falls(trained):

@@ -185,7 +185,7 @@ def test_checkpointing_keeps_less(folder):
 
 
 def memory_for(tokens, monkeypatch):
-    """Let the loss of a row with more than `tokens` tokens run out of memory, half-way through its forward pass."""
+    """Let a row with more than `tokens` tokens run out of memory."""
     loss = training.causal_lm_loss
 
     def limited(model, row, count):

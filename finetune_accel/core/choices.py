@@ -156,7 +156,7 @@ def chosen_compile(facts: DeviceFacts) -> Choice:
     """Leave torch.compile out: rows differ in length."""
     if facts.device == "cuda":
         return Choice(False, "our kernels fuse what it would, and rows differ in length")
-    return Choice(False, "it compiles about a minute for a fifth more speed at one fixed row length, and rows differ in length")
+    return Choice(False, "rows differ in length, and it would compile anew for each length")
 
 # %% ../../nbs/core/choices.ipynb #b20a66f8
 USEFUL_TOKENS = {"cuda": 8192, "cpu": 1024}  # a row that keeps the matrix units busy
@@ -195,30 +195,35 @@ def chosen_row(config, method: str, most: int, usable: float, how: dict, checkpo
 
 def choose(
     config, method: str, lengths: Sequence[int], *, batch_size: int = 8, adapter=None, supervised_share: float = 1.0,
-    facts: DeviceFacts | None = None, **overrides: Any,
+    facts: DeviceFacts | None = None,
+    dtype: str | None = None, base_weights: str | None = None, checkpointing: bool | None = None, micro_batch_tokens: int | None = None,
 ) -> Choices:
     """Choose how to train `config` (a `PretrainedConfig`) by `method` on samples of `lengths` tokens, `batch_size` a step.
 
-    `overrides` are choices by name; None leaves one to us. Call it before the model is loaded. Raises BadInput for a choice that this machine
+    `dtype`, `base_weights`, `checkpointing` and `micro_batch_tokens` set a choice; None leaves it to us. Call it before the model is loaded. Raises BadInput for a choice that this machine
     does not have, and if nothing fits into memory.
     """
     facts = facts or device_facts()
-    given = {name: Choice(value, f"set in train.{name}") for name, value in overrides.items() if value is not None}
-    dtype = given.get("dtype") or chosen_dtype(facts)
-    base_weights = given.get("base_weights") or chosen_base_weights(facts, method, dtype.value)
-    check_base_weights(base_weights.value, method, facts)
+    format_ = _set("base_weights", dtype) or chosen_dtype(facts)
+    storage = _set("base_weights", base_weights) or chosen_base_weights(facts, method, format_.value)
+    check_base_weights(storage.value, method, facts)
     rows = 1 if facts.device == "cuda" else min(cpu_rows(), batch_size)
-    how = {"longest": max(lengths), "dtype": dtype.value, "base_weights": base_weights.value, "adapter": adapter, "device": facts.device,
+    how = {"longest": max(lengths), "dtype": format_.value, "base_weights": storage.value, "adapter": adapter, "device": facts.device,
            "supervised_share": supervised_share, "rows": rows}
     most = most_tokens_of_a_row(lengths, batch_size, rows)
-    if given.get("micro_batch_tokens"):
-        tokens, checkpointing = given["micro_batch_tokens"], given.get("checkpointing") or Choice(False, "the size of a row is set")
+    if micro_batch_tokens:
+        tokens = _set("micro_batch_tokens", micro_batch_tokens)
+        again = _set("checkpointing", checkpointing) or Choice(False, "the size of a row is set")
     else:
-        checkpointing, tokens = chosen_row(config, method, most, usable_bytes(facts), how, overrides.get("checkpointing"))
+        again, tokens = chosen_row(config, method, most, usable_bytes(facts), how, checkpointing)
     return Choices(
-        dtype, given.get("attention") or chosen_attention(facts), given.get("kernels") or chosen_kernels(facts, config.model_type), base_weights,
-        checkpointing, tokens, given.get("compile") or chosen_compile(facts),
-        estimate(config, method, tokens.value, checkpointing=checkpointing.value, **how), facts.available / GIB, facts.name)
+        format_, chosen_attention(facts), chosen_kernels(facts, config.model_type), storage, again, tokens, chosen_compile(facts),
+        estimate(config, method, tokens.value, checkpointing=again.value, **how), facts.available / GIB, facts.name)
+
+
+def _set(setting: str, value: Any) -> Choice | None:
+    """Return the choice that a setting of the train phase makes, or None if it leaves the choice to us."""
+    return None if value is None else Choice(value, f"set in train.{setting}")
 
 
 def check_base_weights(storage: str, method: str, facts: DeviceFacts) -> None:

@@ -6,37 +6,57 @@
 from __future__ import annotations
 
 import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from inspect import signature
 
 import torch
 from transformers import PreTrainedModel
 
 # %% auto #0
-__all__ = ['use_fast_layers']
+__all__ = ['METHODS', 'fast_layers']
 
 # %% ../../nbs/core/fast_layers.ipynb #25ba2fc5
-def use_fast_layers(model: PreTrainedModel) -> dict[str, int | bool]:
-    """Replace what can be replaced in `model`, with or without adapters on it: returns what (nothing on a CPU)."""
+METHODS = ("forward", "extra_repr", "_get_name")  # that Liger and we put on a layer
+
+
+@contextmanager
+def fast_layers(model: PreTrainedModel) -> Iterator[None]:
+    """Compute the layers of `model`, with or without adapters on it, by kernels made for them; nothing changes on a CPU.
+
+    On leaving, `model` and the classes of transformers that Liger replaces for all models are as they were: a model may then go to
+    a CPU, and others be loaded.
+    """
     if not torch.cuda.is_available():
-        return {}
+        yield
+        return
     from finetune_accel.core.fused_layer import use_fused_layers
     from finetune_accel.core.gated_mlp import use_gated_mlp
 
-    layers, mlps = use_fused_layers(model), use_gated_mlp(model)
-    return {"layers in one piece": layers, "gated MLPs": mlps, "Liger kernels": _use_liger(model, swiglu=not mlps)}
+    own = [(module, name) for module in model.modules() for name in METHODS if name not in vars(module)]
+    sources = {name: vars(sys.modules[name]) for name in {type(module).__module__ for module in model.modules()} if name.startswith("transformers.models.")}
+    shared = {name: dict(source) for name, source in sources.items()}
+    try:
+        use_fused_layers(model)
+        _use_liger(model, swiglu=not use_gated_mlp(model))
+        yield
+    finally:
+        for module, name in own:
+            vars(module).pop(name, None)
+        for name, source in sources.items():
+            source.update(shared[name])
 
 
-def _use_liger(model: PreTrainedModel, swiglu: bool) -> bool:
+def _use_liger(model: PreTrainedModel, swiglu: bool) -> None:
     """Give `model` Liger's RMSNorm, rotary embedding and, with `swiglu`, gated activation, if Liger knows the architecture."""
     logging.getLogger("liger_kernel").setLevel(logging.ERROR)  # it warns of kernels for other vendors' chips
     try:
         from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
-    except ImportError:
-        return False
+    except ImportError:  # an extra: core.choices says that it is missing
+        return
     apply = MODEL_TYPE_TO_APPLY_LIGER_FN.get(model.config.model_type)
     if apply is None:
-        return False
-    from inspect import signature
-
+        return
     wanted = {"rope": True, "rms_norm": True, "swiglu": swiglu, "geglu": swiglu, "cross_entropy": False, "fused_linear_cross_entropy": False}
     apply(model=model, **{name: value for name, value in wanted.items() if name in signature(apply).parameters})
-    return True

@@ -78,9 +78,9 @@ Prompt = list[dict] | str  # a conversation (lists of {"role", "content"}), or a
 
 
 def ready_for_messages(tokenizer: Any) -> Any:
-    """Give a base model's tokenizer, which has no chat template, the plain one; return the tokenizer."""
+    """Give a base model's tokenizer, which has no chat template, the plain one, and switch thinking off; return the tokenizer."""
     tokenizer.chat_template = tokenizer.chat_template or plain_template(tokenizer)
-    return tokenizer
+    return switch_thinking_off(tokenizer)
 
 
 def _refuse_control_tokens(tokenizer: Any, texts: dict[str, str]) -> None:

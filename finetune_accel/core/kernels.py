@@ -96,7 +96,7 @@ def norm_backward(gradient: torch.Tensor, x: torch.Tensor, weight: torch.Tensor,
     return out
 
 # %% ../../nbs/core/kernels.ipynb #d9d0d763
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])  # else compiled once more for a row of 16 n tokens
 def _add_low_rank(y, inner, b, residual, rows, n, k, b_row, b_column, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, RESIDUAL: tl.constexpr):
     row = tl.program_id(1).to(tl.int64) * M + tl.arange(0, M)
     column = tl.program_id(0) * N + tl.arange(0, N)
@@ -132,48 +132,39 @@ def _activation(x, GELU: tl.constexpr):
 
 
 @triton.jit
-def _with_adapters(gate_up, inner, b_gate, b_up, row, column, rows, n, r, R: tl.constexpr):
-    """Return one tile of gate and of up, each with its adapter's share, in float32."""
-    rank = tl.arange(0, R)
-    inside = (row < rows)[:, None] & (column < n)[None, :]
-    low = inner + row[:, None] * (2 * r) + rank[None, :]
-    low_inside = (row < rows)[:, None] & (rank < r)[None, :]
-    b_at = column[None, :] * r + rank[:, None]
-    b_inside = (rank < r)[:, None] & (column < n)[None, :]
-    at = gate_up + row[:, None] * (2 * n) + column[None, :]
-    gate = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-    gate += _dot(tl.load(low, mask=low_inside, other=0.0), tl.load(b_gate + b_at, mask=b_inside, other=0.0))
-    up = tl.load(at + n, mask=inside, other=0.0).to(tl.float32)
-    up += _dot(tl.load(low + r, mask=low_inside, other=0.0), tl.load(b_up + b_at, mask=b_inside, other=0.0))
-    return gate, up
+def _tile(x, row, column, rows, n, width):
+    """Load x[row, column] of a matrix whose rows are `width` entries apart; zero from `rows` and `n` on."""
+    return tl.load(x + row[:, None] * width + column[None, :], mask=(row < rows)[:, None] & (column < n)[None, :], other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _gated_forward(gate_up, inner, b_gate, b_up, act, rows, n, r, M: tl.constexpr, N: tl.constexpr, R: tl.constexpr, GELU: tl.constexpr):
-    row = tl.program_id(1).to(tl.int64) * M + tl.arange(0, M)
+    row, rank = tl.program_id(1).to(tl.int64) * M + tl.arange(0, M), tl.arange(0, R)
     column = tl.program_id(0) * N + tl.arange(0, N)
-    gate, up = _with_adapters(gate_up, inner, b_gate, b_up, row, column, rows, n, r, R)
+    gate = _tile(gate_up, row, column, rows, n, 2 * n).to(tl.float32)
+    gate += _dot(_tile(inner, row, rank, rows, r, 2 * r), tl.trans(_tile(b_gate, column, rank, n, r, r)))
+    up = _tile(gate_up + n, row, column, rows, n, 2 * n).to(tl.float32)
+    up += _dot(_tile(inner + r, row, rank, rows, r, 2 * r), tl.trans(_tile(b_up, column, rank, n, r, r)))
     value, _ = _activation(gate, GELU)
     tl.store(act + row[:, None] * n + column[None, :], (value * up).to(act.dtype.element_ty), mask=(row < rows)[:, None] & (column < n)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _gated_backward(gate_up, inner, b_gate, b_up, gradient, inner_gradient, a_down, sums, rows, n, r,
                     M: tl.constexpr, N: tl.constexpr, R: tl.constexpr, TILES: tl.constexpr, GELU: tl.constexpr):
     """Program (columns, part of rows): TILES tiles of the gradients, and their sums over tokens for the three adapters beside them."""
-    column = tl.program_id(0) * N + tl.arange(0, N)
-    rank = tl.arange(0, R)
-    columns_inside = (column < n)[:, None] & (rank < r)[None, :]
+    column, rank = tl.program_id(0) * N + tl.arange(0, N), tl.arange(0, R)
     sum_gate, sum_up, sum_down = tl.zeros((N, R), tl.float32), tl.zeros((N, R), tl.float32), tl.zeros((N, R), tl.float32)
-    right = tl.load(a_down + rank[:, None] * n + column[None, :], mask=(rank < r)[:, None] & (column < n)[None, :], other=0.0)
+    of_gate, of_up = tl.trans(_tile(b_gate, column, rank, n, r, r)), tl.trans(_tile(b_up, column, rank, n, r, r))
+    of_down = _tile(a_down, rank, column, r, n, n)
     for tile in range(TILES):
         row = (tl.program_id(1).to(tl.int64) * TILES + tile) * M + tl.arange(0, M)
         inside = (row < rows)[:, None] & (column < n)[None, :]
-        low_inside = (row < rows)[:, None] & (rank < r)[None, :]
-        gate, up = _with_adapters(gate_up, inner, b_gate, b_up, row, column, rows, n, r, R)
-        low = tl.load(inner_gradient + row[:, None] * r + rank[None, :], mask=low_inside, other=0.0)
-        at = gradient + row[:, None] * n + column[None, :]
-        incoming = tl.load(at, mask=inside, other=0.0).to(tl.float32) + _dot(low, right)
+        low_gate, low_up = _tile(inner, row, rank, rows, r, 2 * r), _tile(inner + r, row, rank, rows, r, 2 * r)
+        low_down = _tile(inner_gradient, row, rank, rows, r, r)
+        gate = _tile(gate_up, row, column, rows, n, 2 * n).to(tl.float32) + _dot(low_gate, of_gate)
+        up = _tile(gate_up + n, row, column, rows, n, 2 * n).to(tl.float32) + _dot(low_up, of_up)
+        incoming = _tile(gradient, row, column, rows, n, n).to(tl.float32) + _dot(low_down, of_down)
         value, slope = _activation(gate, GELU)
         act = (value * up).to(gradient.dtype.element_ty)
         gate_gradient = (incoming * up * slope).to(gate_up.dtype.element_ty)
@@ -181,11 +172,11 @@ def _gated_backward(gate_up, inner, b_gate, b_up, gradient, inner_gradient, a_do
         wide = gate_up + row[:, None] * (2 * n) + column[None, :]
         tl.store(wide, gate_gradient, mask=inside)
         tl.store(wide + n, up_gradient, mask=inside)
-        sum_down += _dot(tl.trans(act), low)
-        inner_at = inner + row[:, None] * (2 * r) + rank[None, :]
-        sum_gate += _dot(tl.trans(gate_gradient), tl.load(inner_at, mask=low_inside, other=0.0))
-        sum_up += _dot(tl.trans(up_gradient), tl.load(inner_at + r, mask=low_inside, other=0.0))
+        sum_down += _dot(tl.trans(act), low_down)
+        sum_gate += _dot(tl.trans(gate_gradient), low_gate)
+        sum_up += _dot(tl.trans(up_gradient), low_up)
     part = sums + (tl.program_id(1).to(tl.int64) * 3 * n + column[:, None]) * r + rank[None, :]
+    columns_inside = (column < n)[:, None] & (rank < r)[None, :]
     tl.store(part, sum_gate, mask=columns_inside)
     tl.store(part + n * r, sum_up, mask=columns_inside)
     tl.store(part + 2 * n * r, sum_down, mask=columns_inside)

@@ -11,10 +11,10 @@ from functools import lru_cache
 from .errors import BadInput
 
 # %% auto #0
-__all__ = ['ONE_PIECE', 'GIB', 'DTYPE_BYTES', 'NF4_BYTES', 'HELD_OF_ACTIVATIONS', 'HELD_LAYERS', 'HELD_CHUNKS', 'TOKEN_STEP',
-           'MOST_TOKENS', 'ModelShape', 'model_shape', 'weight_bytes', 'trained_bytes', 'kept_on_gpu', 'kept_on_cpu',
-           'loss_bytes', 'workspace_bytes', 'held_bytes', 'MemoryEstimate', 'estimate', 'adapter_copies', 'cpu_rows',
-           'process_bytes', 'largest_micro_batch', 'what_would_help']
+__all__ = ['ONE_PIECE', 'GIB', 'DTYPE_BYTES', 'NF4_BYTES', 'HELD_OF_ACTIVATIONS', 'HELD_LAYERS', 'HELD_CHUNKS', 'LAYERS_ON_GPU',
+           'TOKEN_STEP', 'MOST_TOKENS', 'ModelShape', 'model_shape', 'weight_bytes', 'trained_bytes', 'kept_on_gpu',
+           'kept_on_cpu', 'loss_bytes', 'workspace_bytes', 'held_bytes', 'MemoryEstimate', 'estimate', 'adapter_copies',
+           'cpu_rows', 'process_bytes', 'largest_micro_batch', 'what_would_help']
 
 # %% ../../nbs/core/memory.ipynb #028781f6
 @dataclass(frozen=True)
@@ -186,6 +186,9 @@ def held_bytes(shape: ModelShape, activations: float, layer: float, rows: int) -
     return HELD_OF_ACTIVATIONS * activations + HELD_LAYERS * layer + HELD_CHUNKS * rows * CHUNK * shape.vocabulary * 8
 
 # %% ../../nbs/core/memory.ipynb #3107f792
+LAYERS_ON_GPU = 2  # of those whose input checkpointing keeps: the one computed and the next (core.offload has the others)
+
+
 @dataclass(frozen=True)
 class MemoryEstimate:
     """GiB at the peak, by part; `process` (before the model was loaded) and `held` (freed, but kept by glibc) are 0 on a GPU."""
@@ -230,7 +233,8 @@ def estimate(
     rows = rows or (1 if device == "cuda" else cpu_rows())
     tokens = micro_batch_tokens * rows
     layer = tokens * sum((kept_on_gpu if device == "cuda" else kept_on_cpu)(shape, method, rank, size).values())
-    activations = shape.layers * (tokens * shape.hidden * size if checkpointing else layer) + adapter_copies(shape, rank, size, rows)
+    inputs = tokens * shape.hidden * size * (min(LAYERS_ON_GPU, shape.layers) if device == "cuda" else shape.layers)
+    activations = (inputs if checkpointing else shape.layers * layer) + adapter_copies(shape, rank, size, rows)
     parts = {
         "process": process_bytes() if device == "cpu" else 0,
         "weights": weight_bytes(shape, base_weights),

@@ -22,16 +22,13 @@ __all__ = ['check_saved', 'save_model', 'save_adapter', 'write_out_four_bits', '
            'adapter_to_start_from']
 
 # %% ../../nbs/core/saving.ipynb #84ac9bb1
-@torch.no_grad()
 def check_saved(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Load `folder` and compare its template, weights and scores with those of `model`; raises PhaseFailed if they differ."""
-    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype, attn_implementation="sdpa").eval()
+    """Load `folder` and compare its template, class, configuration and weights with those of `model`; raises PhaseFailed if they differ."""
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype, attn_implementation="sdpa")
     saved, weights = loaded.state_dict(), model.state_dict()
     equal = AutoTokenizer.from_pretrained(folder).chat_template == tokenizer.chat_template and saved.keys() == weights.keys()
-    equal = equal and all(torch.equal(saved[name], weight.cpu()) for name, weight in weights.items())
-    probe = torch.arange(1, min(9, model.config.vocab_size))[None]
-    scores = (one(probe.to(one.device)).logits.float().cpu().flatten() for one in (loaded, model))
-    if not equal or torch.cosine_similarity(*scores, dim=0) < 0.99:
+    equal = equal and type(loaded) is type(model) and loaded.config.to_diff_dict() == model.config.to_diff_dict()
+    if not equal or not all(torch.equal(saved[name], weight.cpu()) for name, weight in weights.items()):
         raise PhaseFailed(f"{folder}: the saved model differs from the trained one. Fix: check free disk space, train again")
 
 

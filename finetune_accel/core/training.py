@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import resource
-import sys
 import threading
 import time
 import warnings
@@ -29,10 +28,11 @@ from .adapters import AdapterPlan, LoraLinear, add_adapters
 from .attention import answering
 from .checkpoints import BestWeights
 from .errors import BadInput, PhaseFailed
-from .fast_layers import use_fast_layers
+from .fast_layers import fast_layers
 from .frozen import Storage
 from .loss import IGNORED, causal_lm_loss
 from .optimiser import MasterAdamW
+from .offload import keep_in_host_memory
 from .packing import deal, lay_out_row, row_count, rows_of_step, tokens_read
 
 # %% auto #0
@@ -279,8 +279,11 @@ def peak_memory_gib() -> float:
     """Return the largest memory this process held so far, in GiB (of the GPU if there is one)."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
-    unit = 1 if sys.platform == "darwin" else 2**10  # macOS counts bytes, Linux KiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30  # macOS, in bytes
+    peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+    return int(peak.split()[1]) / 2**20  # Linux's ru_maxrss would also count the process that started this one
 
 # %% ../../nbs/core/training.ipynb #2cb92150
 class _Evaluator(TrainerCallback):
@@ -337,18 +340,15 @@ SPECIAL_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")  # the trainer se
 
 
 def trainable(model: PreTrainedModel, plan: TrainingPlan) -> PreTrainedModel | PeftModel:
-    """Return `model` ready to be trained by the plan's method: with adapters on frozen weights, or all of it trainable.
-
-    On a GPU its layers compute by `core.fast_layers` from here on.
-    """
+    """Return `model` ready to be trained by the plan's method: with adapters on frozen weights, or all of it trainable."""
     model.set_attn_implementation("packed")
     if plan.checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
+        keep_in_host_memory(model)
     if plan.method == "full":
         trained = model.requires_grad_(True)
     else:
         trained = add_adapters(model, plan.adapter, plan.start_from, "nf4" if plan.method == "qlora" else plan.storage)
-    use_fast_layers(model)
     return trained
 
 
@@ -384,7 +384,8 @@ def train(
     if on_evaluate:
         trainer.add_callback(evaluator)
     try:
-        trainer.train()
+        with fast_layers(model):
+            trainer.train()
     except torch.OutOfMemoryError as error:  # outside of the rows of a step, where smaller ones would help
         raise PhaseFailed(f"the memory does not suffice for the optimiser or for the answers on dev ({str(error).splitlines()[0][:150]}). "
                           "Fix: choose method lora or qlora, or a smaller base model.") from None
