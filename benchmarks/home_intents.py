@@ -25,7 +25,7 @@ kept = {
                                              "peak_memory_gib", "dtype", "loss", "dev")},
     "benchmark_on_dev": phases["benchmark"]["scores"],
     "scores_on_test": evaluated["scores"], "verdicts": evaluated["verdicts"], "criteria": evaluated["criteria"],
-    "test_openings": evaluated["test_openings"], "changed": evaluated["changed"],
+    "in_words": evaluated["in_words"], "slices": evaluated["slices"], "test_openings": evaluated["test_openings"], "changed": evaluated["changed"],
     "parity": {key: phases["serve"]["parity"][key] for key in ("equal", "asked")}, "versions": train["versions"],
 }
 (HERE / "home_intents.json").write_text(json.dumps(kept, indent=1) + "\n")
@@ -36,5 +36,5 @@ table = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header), *("| " + 
     f"{os.cpu_count()} cores. Phases took " + ", ".join(f"{name} {phase['seconds']:.0f} s" for name, phase in phases.items())
     + f"; training {train['tokens_per_second']:.0f} tokens a second, peak memory {train['peak_memory_gib']:.1f} GiB.", "",
     f"Scores on {evaluated['scores'][0]['n']} test items, 95 % intervals clustered by template; the test split was opened "
-    f"{evaluated['test_openings']} time(s):", "", *table, "", *(f"- {sentence}" for sentence in verdict_sentences(evaluated)), ""]))
+    f"{evaluated['test_openings']} time(s):", "", *table, "", *(f"- {sentence}" for sentence in verdict_sentences(evaluated)), "", evaluated["in_words"], ""]))
 print((HERE / "home_intents.md").read_text())

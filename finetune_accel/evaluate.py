@@ -23,8 +23,9 @@ READS = ("plan/criteria.json", "prepare/train.parquet", "prepare/test.parquet", 
 class EvaluateSettings(PhaseSettings):
     """Parameters of the evaluate phase."""
 
-    examples_in_prompt: int = Field(5, ge=0, le=50, description="worked examples shown to base+K (supervised only), 0 for no base+K")
+    examples_in_prompt: int = Field(5, ge=0, le=50, description="worked examples shown to base+K and base+K nearest (supervised only), 0 for neither")
     items: Optional[int] = Field(400, ge=1, description="test prompts to ask, or texts to read, null for all")
+    slices: list[str] = Field(["label", "prompt length"], description="what items are divided by: label, prompt length, answer length")
     reason: str = Field("final verdict", min_length=1, description="why the test split is opened, written down")
 
 # %% ../nbs/05_evaluate.ipynb #3ed6fb0f

@@ -236,7 +236,7 @@ def test_a_wrong_combination_stops_the_command_before_anything_runs(tmp_path):
 def test_systems_asked_by_approach():
     row = {"prompt": "p", "response": "r", "id": "1", "label": "", "messages": [{"role": "user", "content": "p"}, {"role": "assistant", "content": "r"}]}
     form = {"system_prompt": None, "targets": "last"}
-    assert list(asked_of_base([row], [row], {**form, "approach": "supervised"}, 5, 1)) == ["base", "base+K"]
+    assert list(asked_of_base([row], [row], {**form, "approach": "supervised"}, 5, 1)) == ["base", "base+K", "base+K nearest"]
     assert list(asked_of_base([row], [row], {**form, "approach": "supervised"}, 0, 1)) == ["base"]
     assert list(asked_of_base([row], [row], {**form, "approach": "chat"}, 5, 1)) == ["base"]
     assert asked_of_base([row], [row], {**form, "approach": "continued_pretraining"}, 5, 1) == {"base": ["p"]}

@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -34,7 +35,7 @@ def test_three_rows_go_through_all_phases(finished):
     assert train["steps"] == 3 and train["supervised_tokens"] > 0 and train["dev"].keys() == {"json_valid", "exact_match"}
     assert {"phase", "settings", "inputs", "outputs", "started", "seconds", "mlflow_run_id"} <= train.keys()
     evaluated = run.need("evaluate")
-    assert {s["system"] for s in evaluated["scores"]} == {"base", "base+K", "nearest", "tuned"}
+    assert {s["system"] for s in evaluated["scores"]} == {"base", "base+K", "base+K nearest", "nearest", "tuned"}
     assert evaluated["test_openings"] == 1
     assert run.need("serve")["parity"]["equal"] == 1
 
@@ -53,6 +54,29 @@ def test_a_changed_setting_reruns_what_follows_and_changing_it_back_restores(fin
     assert run.need("train")["key"] != before["key"]
     back = states(finetune_accel("run", "mine.yaml", "--run-dir", run.path, cwd=folder))
     assert back == dict.fromkeys(PHASES, "kept") and run.need("train") == before
+
+
+def test_other_criteria_ask_no_model_again(finished):
+    folder, _ = finished
+    run = RunFolder(folder / "runs/mine")
+    before = run.need("evaluate")
+    criteria = "plan.criteria=[{metric: exact_match, at_least: 0.0}]"
+    finetune_accel("run", "mine.yaml", "--run-dir", run.path, "--set", criteria, "--from", "plan", "--to", "plan", cwd=folder)
+    finetune_accel("run", "mine.yaml", "--run-dir", run.path, "--from", "evaluate", "--to", "evaluate", cwd=folder)
+    after = run.need("evaluate")
+    assert after["key"] != before["key"] and set(after["asked"].values()) == {0} and after["items"] == before["items"]
+    finetune_accel("run", "mine.yaml", "--run-dir", run.path, cwd=folder)
+    assert run.need("evaluate") == before
+
+
+def test_a_report_of_another_versions_results_is_refused_kindly(finished, tmp_path):
+    folder, _ = finished
+    shutil.copytree(folder / "runs/mine", tmp_path / "old")
+    result = json.loads((tmp_path / "old/evaluate.json").read_text())
+    del result["in_words"]
+    (tmp_path / "old/evaluate.json").write_text(json.dumps(result))
+    said = finetune_accel("report", tmp_path / "old", cwd=tmp_path, code=2)
+    assert "another version" in said and "run the engagement again" in said
 
 
 def test_changed_data_are_noticed(finished, tmp_path):

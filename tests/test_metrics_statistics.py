@@ -122,7 +122,7 @@ def test_clusters_widen_the_interval_as_if_there_were_fewer_items():
     scores, names = np.repeat([1.0, 0.0] * 30, 5), np.repeat([f"t{i}" for i in range(60)], 5)
     clustered, alone = mean_interval(scores, names), mean_interval(scores[::5], range(60))
     assert design_effect(scores, names) == pytest.approx(5, rel=0.02)
-    assert clustered == pytest.approx(alone, abs=0.002)
+    assert list(clustered) == pytest.approx(list(alone), abs=0.004)  # Student's t of 59 is 2 % wider than of 299
     assert design_effect(scores, ["one"] * 300) == 300 and design_effect(np.ones(300), names) == 1.0
     with pytest.raises(ValueError):
         mean_interval(np.array([]), [])
@@ -175,7 +175,7 @@ def test_verdicts():
     scores = {"tuned": {"e": high, "v": low}, "base": {"e": low, "v": low}}
     rows = verdict_rows([("e", "tuned", "base"), ("v", "tuned", "base")], scores, range(100), seed=17)
     assert [row["verdict"] for row in rows] == ["better", "not proven"]
-    assert list(rows[0]) == ["criterion", "system", "against", "difference", "low", "high", "p", "verdict"]
+    assert list(rows[0]) == ["criterion", "system", "against", "difference", "low", "high", "p", "test", "verdict"]
     assert rows[0]["difference"] == pytest.approx(0.4) and rows[0]["p"] == pytest.approx(2 / 10_001, rel=1)
     table = score_rows("tuned", "smol", scores["tuned"], range(100), failed=3)
     assert list(table[0]) == ["system", "model", "criterion", "value", "low", "high", "n", "failed"]

@@ -16,17 +16,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from . import generate
+from .metrics import Criterion, of_answers
 from .errors import BadInput
+from .kept_answers import KeptAnswers
 from .likelihood import log_likelihoods
-from .metrics import Criterion, count_failed, of_answers, score_all
+from .metrics import count_failed, score_all
 from .progress import progress
-from .prompting import asked_of_base, halves
+from .prompting import asked_of_base, halves, nearest_rows
 from .statistics import perplexity_interval, score_rows, verdict_rows
 
 # %% auto #0
-__all__ = ['CONTINUATION', 'LONGEST_CHAT_ANSWER', 'SHOWN_ANSWERS', 'Result', 'Answers', 'answer_limit', 'answer_those_with_room',
-           'ask', 'Likelihoods', 'read_items', 'read_by', 'dev_scorer', 'nearest_answers', 'classical_answers',
-           'item_scores', 'score_table', 'compare', 'changes', 'write_answers', 'write_item_scores']
+__all__ = ['CONTINUATION', 'LONGEST_CHAT_ANSWER', 'AT_ONCE', 'SHOWN_ANSWERS', 'Result', 'Answers', 'answer_limit',
+           'answer_those_with_room', 'ask', 'Likelihoods', 'read_items', 'read_by', 'dev_scorer', 'nearest_answers',
+           'classical_answers', 'item_scores', 'score_table', 'compare', 'write_answers', 'write_item_scores']
 
 # %% ../../nbs/core/comparison.ipynb #8df264c7
 @dataclass
@@ -40,6 +42,7 @@ class Answers:
     finish: list[str]
     seconds: float
     criteria: tuple[str, ...] = ()  # the only criteria that this system can be scored on; empty means all
+    asked: int = 0  # how many prompts `seconds` were spent on; the others were answered before
 
 
 CONTINUATION = 48  # tokens that a model writes after the first half of a text
@@ -67,18 +70,29 @@ def answer_those_with_room(model, tokenizer, prompts: list[generate.Prompt], lim
     return [next(answers) if fit else generate.Generation("", length, 0, "no room", 0.0) for fit, length in zip(fits, lengths)]
 
 
+AT_ONCE = 256  # prompts between two times that answers are kept
+
+
 def ask(folder: Path, prompts: list[generate.Prompt], items: list[dict], limit: int, system: str, model: str,
-        approach: str = "supervised") -> Answers:
-    """Return the greedy answers, of at most `limit` tokens, of the model in `folder` by the reference engine (float32)."""
-    loaded, tokenizer = generate.load(folder)
-    if approach != "continued_pretraining":
-        generate.ready_for_messages(tokenizer)
-    answer = generate.generate if approach == "supervised" else answer_those_with_room
+        approach: str, kept: KeptAnswers) -> Answers:
+    """Return the greedy answers, of at most `limit` tokens, of the model in `folder` by the reference engine (float32).
+
+    Prompts that are among those `kept` are not asked again.
+    """
+    missing = list({kept.key(prompt): prompt for prompt in prompts if kept.key(prompt) not in kept.known}.values())
     started = time.monotonic()
-    with progress(f"{system} answers", len(items)) as report:
-        generated = answer(loaded, tokenizer, prompts, limit, progress=lambda done, total: report(done))
+    if missing:
+        loaded, tokenizer = generate.load(folder)
+        if approach != "continued_pretraining":
+            generate.ready_for_messages(tokenizer)
+        answer = generate.generate if approach == "supervised" else answer_those_with_room
+        with progress(f"{system} answers", len(missing)) as report:
+            for start in range(0, len(missing), AT_ONCE):
+                part = missing[start:start + AT_ONCE]
+                kept.keep(part, answer(loaded, tokenizer, part, limit, progress=lambda done, total: report(start + done)))
+    generated = [kept.known[kept.key(prompt)] for prompt in prompts]
     return Answers(system, model, items, [g.text for g in generated], [g.finish_reason for g in generated],
-                   round(time.monotonic() - started, 2))
+                   round(time.monotonic() - started, 2), asked=len(missing))
 
 # %% ../../nbs/core/comparison.ipynb #35c30105
 @dataclass
@@ -148,13 +162,10 @@ def dev_scorer(tokenizer, items: list[dict], train: list[dict], form: dict, crit
 
 # %% ../../nbs/core/comparison.ipynb #c56ff394
 def nearest_answers(items: list[dict], train: list[dict]) -> Answers:
-    """Return for each item the answer of the training prompt with the most similar character n-grams (TF-IDF cosine)."""
-    from sklearn.feature_extraction.text import TfidfVectorizer
-
-    started, vectors = time.monotonic(), TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 4))
-    known = vectors.fit_transform([row["prompt"] for row in train])
-    nearest = np.asarray((vectors.transform([row["prompt"] for row in items]) @ known.T).argmax(axis=1)).ravel()
-    return Answers("nearest", "TF-IDF", items, [train[i]["response"] for i in nearest], ["stop"] * len(items), round(time.monotonic() - started, 2))
+    """Return for each item the answer of the nearest training prompt (`core.prompting.nearest_rows`)."""
+    started = time.monotonic()
+    texts = [rows[-1]["response"] for rows in nearest_rows([row["prompt"] for row in items], train, 1)]
+    return Answers("nearest", "TF-IDF", items, texts, ["stop"] * len(items), round(time.monotonic() - started, 2))
 
 # %% ../../nbs/core/comparison.ipynb #84eb6abe
 def classical_answers(items: list[dict], train: list[dict], criteria: list[Criterion]) -> Answers | None:
@@ -221,16 +232,6 @@ def compare(results: list[Result], criteria: list[Criterion], seed: int, system:
                    if other != system and criterion.name in scored[other]]
     lower_is_better = [criterion.name for criterion in criteria if criterion.lower_is_better]
     return verdict_rows(comparisons, scored, clusters, seed, lower_is_better) if scored else []
-
-
-def changes(answers: list[Answers], criterion: Criterion, against: str, system: str = "tuned") -> dict[str, list[dict]]:
-    """Return the items that `system` has right and `against` wrong, and the other way round, on one criterion of answers."""
-    new, old = (next(a for a in answers if a.system == name) for name in (system, against))
-    after, before = (item_scores(a, [criterion])[criterion.name] for a in (new, old))
-    def rows(chosen):
-        return [{"prompt": new.items[i]["prompt"], "expected": new.items[i]["response"], system: new.texts[i], against: old.texts[i]}
-                for i in np.flatnonzero(chosen)]
-    return {"right to wrong": rows(before > after), "wrong to right": rows(after > before)}
 
 # %% ../../nbs/core/comparison.ipynb #f301703a
 def write_answers(answers: list[Answers], path: Path) -> None:

@@ -34,7 +34,7 @@ class _Away:
                 self.here = self.host.to("cuda", non_blocking=True)
                 self.arrived = stream.record_event()
 
-
+# %% ../../nbs/core/offload.ipynb #3d63a98c
 class HostMemory(saved_tensors_hooks):
     """Context in which tensors that autograd saves on a GPU wait in pinned host memory, copied on a stream of their own."""
 
@@ -66,7 +66,7 @@ class HostMemory(saved_tensors_hooks):
         here.record_stream(current)
         return here
 
-
+# %% ../../nbs/core/offload.ipynb #fb7ee51b
 def keep_in_host_memory(model: PreTrainedModel) -> None:
     """Let the layers of `model`, whose checkpointing is enabled, keep what they read in host memory; nothing changes on a CPU."""
     if not torch.cuda.is_available():

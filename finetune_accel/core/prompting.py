@@ -13,7 +13,8 @@ from collections import defaultdict
 from .generate import Prompt
 
 # %% auto #0
-__all__ = ['SHOWN_TEXTS', 'LONGEST_START', 'bare', 'describe_answers', 'told', 'halves', 'asked_of_base']
+__all__ = ['SHOWN_TEXTS', 'LONGEST_START', 'bare', 'describe_answers', 'told', 'random_rows', 'nearest_rows', 'halves',
+           'asked_of_base']
 
 # %% ../../nbs/core/prompting.ipynb #4e1962b8
 def bare(row: dict) -> list[dict[str, str]]:
@@ -43,20 +44,34 @@ def describe_answers(responses: list[str], most: int = 100) -> str:
     return "Possible answers and the further keys each can have:\n" + "\n".join(lines)
 
 
-def told(prompts: list[str], train: list[dict], examples: int, system_prompt: str | None, seed: int) -> list[list[dict]]:
-    """Return one conversation a prompt: system prompt with the list of answers, then `examples` worked ones as earlier turns.
-
-    The examples are one random choice for all prompts, of different labels where there are labels.
-    """
-    shuffled = random.Random(seed).sample(train, len(train))
-    by_label = list({row["label"] or row["id"]: row for row in shuffled}.values())[:examples]
+def told(prompts: list[str], train: list[dict], shown: list[list[dict]], system_prompt: str | None) -> list[list[dict]]:
+    """Return one conversation a prompt: system prompt with the list of answers, then the rows `shown` for it as earlier turns."""
     start = "\n\n".join(part for part in (system_prompt, describe_answers([row["response"] for row in train])) if part)
-    turns = [message for row in by_label for message in ({"role": "user", "content": row["prompt"]},
-                                                         {"role": "assistant", "content": row["response"]})]
     system = [{"role": "system", "content": start}] if start else []
-    return [[*system, *turns, {"role": "user", "content": prompt}] for prompt in prompts]
+    return [[*system, *(turn for row in rows for turn in ({"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["response"]})),
+             {"role": "user", "content": prompt}] for prompt, rows in zip(prompts, shown, strict=True)]
 
-# %% ../../nbs/core/prompting.ipynb #e20a7ce2
+# %% ../../nbs/core/prompting.ipynb #a8ee15ae
+def random_rows(train: list[dict], count: int, seed: int) -> list[dict]:
+    """Return `count` random rows, of different labels where there are labels."""
+    shuffled = random.Random(seed).sample(train, len(train))
+    return list({row["label"] or row["id"]: row for row in shuffled}.values())[:count]
+
+
+def nearest_rows(prompts: list[str], train: list[dict], count: int) -> list[list[dict]]:
+    """Return for each prompt the `count` training rows with the most similar character n-grams (TF-IDF cosine), the nearest last."""
+    import numpy as np
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    vectors = TfidfVectorizer(analyzer="char_wb", ngram_range=(2, 4))
+    known = vectors.fit_transform([row["prompt"] for row in train])
+    found, block = [], max(1, 2**24 // len(train))  # prompts at a time: at most 128 MiB of similarities
+    for start in range(0, len(prompts), block):
+        similar = (vectors.transform(prompts[start:start + block]) @ known.T).toarray()
+        found += [[train[i] for i in np.argsort(row, kind="stable")[-count:]] for row in similar]
+    return found
+
+# %% ../../nbs/core/prompting.ipynb #e9714e06
 SHOWN_TEXTS = 16
 LONGEST_START = 2000  # characters: enough to know what a text is about
 
@@ -76,16 +91,18 @@ def halves(rows: list[dict], count: int = SHOWN_TEXTS) -> list[dict]:
             shown.append({**row, "prompt": text[:cut], "response": text[cut:]})
     return shown[:count]
 
-# %% ../../nbs/core/prompting.ipynb #eaf5b8f9
+# %% ../../nbs/core/prompting.ipynb #68854734
 def asked_of_base(items: list[dict], train: list[dict], form: dict, examples: int, seed: int) -> dict[str, list[Prompt]]:
     """Return {system: one prompt an item} for base models; `form` is prepare's format.json.
 
-    supervised: `base`, and `base+K` where `examples` is not 0. chat: `base`. continued_pretraining: `base`, with the items' texts
+    supervised: `base`, and `base+K` and `base+K nearest` where `examples` is not 0. chat: `base`. continued_pretraining: `base`, with the items' texts
     (their `prompt`) to go on with.
     """
     if form["approach"] == "continued_pretraining":
         return {"base": [row["prompt"] for row in items]}
     asked = {"base": [bare(row) for row in items]}
     if form["approach"] == "supervised" and examples:
-        asked["base+K"] = told([row["prompt"] for row in items], train, examples, form["system_prompt"], seed)
+        prompts, same = [row["prompt"] for row in items], random_rows(train, examples, seed)
+        asked["base+K"] = told(prompts, train, [same] * len(items), form["system_prompt"])
+        asked["base+K nearest"] = told(prompts, train, nearest_rows(prompts, train, examples), form["system_prompt"])
     return asked

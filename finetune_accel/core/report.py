@@ -10,8 +10,9 @@ import re
 from importlib import resources
 from pathlib import Path
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, UndefinedError
 
+from .errors import BadInput
 from .runs import RunFolder
 from .secrets import redact
 from .sources import KNOWN_PACKAGES, package_pin, scheme
@@ -59,6 +60,7 @@ def verdict_sentences(evaluated: dict) -> list[str]:
     return sentences
 SYSTEMS = {
     "base": "the untuned model", "base+K": "the untuned model, told all possible answers and shown K examples",
+    "base+K nearest": "the same, shown the K training examples nearest to each prompt, as retrieval would find them",
     "nearest": "copies the answer of the most similar training prompt",
     "classical": "TF-IDF and logistic regression, which can only name the label", "tuned": "the fine-tuned model"}
 
@@ -111,7 +113,10 @@ def _picture(run: RunFolder, name: str, alt: str) -> str:
 
 # %% ../../nbs/core/report.ipynb #883f84fd
 def write_report(run: RunFolder) -> Path:
-    """Write report.html of a run folder and return its path; phases that did not run are left out."""
+    """Write report.html of a run folder and return its path; phases that did not run are left out.
+
+    Raises BadInput for results that another version wrote.
+    """
     from finetune_accel.core.engagement import phases
 
     every = {phase.name: run.result(phase.name) for phase in phases()}
@@ -121,14 +126,19 @@ def write_report(run: RunFolder) -> Path:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     pictures = {"lengths": _picture(run, "prepare/lengths.svg", "Histogram of row lengths in tokens"),
                 "training": _picture(run, "train/training.svg", "Training loss and dev scores over steps"),
-                "scores": _picture(run, "evaluate/scores.svg", "Scores of all systems with 95 percent intervals")}
+                "scores": _picture(run, "evaluate/scores.svg", "Scores of all systems with 95 percent intervals"),
+                "slices": _picture(run, "evaluate/slices.svg", "Differences in score by slice with 95 percent intervals")}
     evaluated = results.get("evaluate")
-    html = environment.from_string(template).render(
+    facts = dict(
         name=run.path.name, microscope=microscope, results=every, done=results, pictures=pictures, lineage=lineage(results), not_shown=not_shown(results),
         approach=next((result["settings"]["approach"] for result in results.values()), "").replace("_", " "),
         systems=systems_compared(evaluated["scores"]) if evaluated else [],
         table=score_lines(evaluated["scores"]) if evaluated else [], sentences=verdict_sentences(evaluated) if evaluated else [],
         benchmark=score_lines(results["benchmark"]["scores"]) if "benchmark" in results else [], folder=str(run.path))
+    try:
+        html = environment.from_string(template).render(facts)
+    except UndefinedError as error:
+        raise BadInput(str(run.path), f"holds results of another version of finetune-accel ({error.message})", "run the engagement again") from None
     path, staged = run.path / "report.html", run.path / ".report.html"
     staged.write_text(redact(html))
     os.replace(staged, path)

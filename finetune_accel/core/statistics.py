@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Optional
 
 import numpy as np
-from scipy.special import ndtri  # the normal quantile; scipy.stats takes half a second to import
+from scipy.special import bdtr, ndtri, stdtrit  # binomial, normal and t; scipy.stats takes half a second to import
 
 CONFIDENCE = 0.95
 POWER = 0.80
@@ -18,15 +19,92 @@ RESAMPLES = 10_000
 Z = float(ndtri(0.5 + CONFIDENCE / 2))
 
 # %% auto #0
-__all__ = ['CONFIDENCE', 'POWER', 'RESAMPLES', 'Z', 'CHUNK', 'design_effect', 'Interval', 'mean_interval', 'perplexity_interval',
-           'bootstrap_difference', 'sign_flip_p', 'holm', 'verdict', 'score_rows', 'verdict_rows',
-           'detectable_difference']
+__all__ = ['CONFIDENCE', 'POWER', 'RESAMPLES', 'Z', 'CHUNK', 'AT_ONCE', 'Scores', 'Measure', 'mean_measure', 'perplexity_measure',
+           'macro_f1_measure', 'design_effect', 'Interval', 'interval', 'mean_interval', 'perplexity_interval',
+           'difference', 'bootstrap_difference', 'exchange_p', 'sign_flip_p', 'mcnemar_p', 'paired_p', 'holm',
+           'verdict', 'score_rows', 'verdict_rows', 'detectable_difference', 'needed_items']
 
 # %% ../../nbs/core/statistics.ipynb #1f686de4
-def _by_cluster(values: np.ndarray, clusters: Sequence) -> tuple[np.ndarray, np.ndarray]:
-    """Return the sum of `values` and the number of items of each cluster, both of shape (clusters,)."""
-    _names, index = np.unique(np.asarray(clusters, dtype=str), return_inverse=True)
-    return np.bincount(index, weights=values), np.bincount(index).astype(float)
+@dataclass(frozen=True)
+class Measure:
+    """One system's result on one criterion: a function of sums over items that does not change if all sums double.
+
+    `features` has shape (items, k), `value` takes sums of features, shape (..., k), to values, shape (...), and `slopes` to how steep
+    the value is along each sum, shape (..., k). `bounded` says that values lie in 0..1, and `shown` takes a value to what is reported
+    (perplexity: e to the mean surprise).
+    """
+
+    features: np.ndarray
+    value: Callable[[np.ndarray], np.ndarray]
+    slopes: Callable[[np.ndarray], np.ndarray]
+    bounded: bool
+    lower_is_better: bool = False
+    shown: Callable[[float], float] = float
+
+    @property
+    def total(self) -> float:
+        """The value of all items together, before it is `shown`."""
+        return float(self.value(self.features.sum(axis=0)))
+
+    def of(self, mask: np.ndarray) -> Measure:
+        """Return the measure of the items in `mask`, of shape (items,)."""
+        return replace(self, features=self.features[mask])
+
+
+def _ratio(sums: np.ndarray) -> np.ndarray:
+    return sums[..., 0] / sums[..., 1]
+
+
+def _ratio_slopes(sums: np.ndarray) -> np.ndarray:
+    return np.stack([1 / sums[..., 1], -sums[..., 0] / sums[..., 1] ** 2], axis=-1)
+
+
+def mean_measure(scores: Sequence[float], lower_is_better: bool = False) -> Measure:
+    """Return the mean of `scores`, of shape (items,)."""
+    scores = np.asarray(scores, dtype=float)
+    bounded = bool(((scores >= 0) & (scores <= 1)).all())
+    return Measure(np.stack([scores, np.ones(len(scores))], axis=1), _ratio, _ratio_slopes, bounded, lower_is_better)
+
+
+def perplexity_measure(nats: Sequence[float], tokens: Sequence[float]) -> Measure:
+    """Return the mean surprise of a token, shown as perplexity; `nats` is each item's negative log-likelihood over its `tokens`."""
+    features = np.stack([np.asarray(nats, dtype=float), np.asarray(tokens, dtype=float)], axis=1)
+    return Measure(features, _ratio, _ratio_slopes, bounded=False, lower_is_better=True, shown=lambda surprise: math.exp(max(surprise, 0.0)))
+
+
+def _counts(sums: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Return how often each label was hit, wrongly given and missed, and whether it was asked for; each of shape (..., labels)."""
+    hit, wrong, missed = np.moveaxis(sums.reshape(*sums.shape[:-1], -1, 3), -1, 0)
+    return hit, wrong, missed, hit + missed > 0  # a label that nobody asked for has no F1
+
+
+def _mean_f1(sums: np.ndarray) -> np.ndarray:
+    hit, wrong, missed, asked = _counts(sums)
+    f1 = np.divide(2 * hit, 2 * hit + wrong + missed, out=np.zeros_like(hit), where=asked)
+    return f1.sum(axis=-1) / asked.sum(axis=-1)
+
+
+def _mean_f1_slopes(sums: np.ndarray) -> np.ndarray:
+    hit, wrong, missed, asked = _counts(sums)
+    per = np.divide(2.0, (2 * hit + wrong + missed) ** 2, out=np.zeros_like(hit), where=asked) / asked.sum(axis=-1, keepdims=True)
+    return np.stack([per * (wrong + missed), -per * hit, -per * hit], axis=-1).reshape(sums.shape)
+
+
+def macro_f1_measure(wanted: Sequence[str], given: Sequence[str]) -> Measure:
+    """Return the mean F1 of the labels that occur in `wanted`, each counting the same however rare it is."""
+    wanted, given = np.asarray(wanted, dtype=str)[:, None], np.asarray(given, dtype=str)[:, None]
+    labels = np.unique(wanted)
+    ours, theirs = given == labels, wanted == labels
+    features = np.stack([ours & theirs, ours & ~theirs, theirs & ~ours], axis=2).astype(float)
+    return Measure(features.reshape(len(wanted), -1), _mean_f1, _mean_f1_slopes, bounded=True)
+
+# %% ../../nbs/core/statistics.ipynb #c0e20fa4
+def _by_cluster(features: np.ndarray, clusters: Sequence) -> np.ndarray:
+    """Return the sums of `features` (items, k) over each cluster's items, shape (clusters, k)."""
+    names, index = np.unique(np.asarray(clusters, dtype=str), return_inverse=True)
+    sums = np.zeros((len(names), features.shape[1]))
+    np.add.at(sums, index, features)
+    return sums
 
 
 def design_effect(scores: np.ndarray, clusters: Sequence) -> float:
@@ -40,14 +118,19 @@ def design_effect(scores: np.ndarray, clusters: Sequence) -> float:
     residuals = scores - scores.mean()
     if not residuals.any():
         return 1.0
-    sums, counts = _by_cluster(residuals, clusters)
+    sums = _by_cluster(residuals[:, None], clusters)
     if len(sums) == 1:
         return float(len(scores))
     clustered = (sums**2).sum() * len(sums) / (len(sums) - 1)
     independent = (residuals**2).sum() * len(scores) / (len(scores) - 1)
     return float(np.clip(clustered / independent, 1.0, len(scores)))
 
-# %% ../../nbs/core/statistics.ipynb #c0e20fa4
+# %% ../../nbs/core/statistics.ipynb #e4bf3e92
+def _pulls(measure: Measure, at: np.ndarray, sums: np.ndarray) -> np.ndarray:
+    """Return how much each cluster's `sums` (clusters, k) move the value at the totals `at` (..., k); shape (..., clusters)."""
+    return measure.slopes(at) @ sums.T
+
+# %% ../../nbs/core/statistics.ipynb #c6364ccb
 class Interval(NamedTuple):
     """A value with the ends of its 95 % interval."""
 
@@ -56,74 +139,155 @@ class Interval(NamedTuple):
     high: float
 
 
-def mean_interval(scores: np.ndarray, clusters: Sequence) -> Interval:
-    """Return the mean of `scores` (shape (items,), each in 0..1) with its clustered 95 % interval.
+def _jackknife(value: Callable, sums: np.ndarray) -> float:
+    """Return the variance of `value` from leaving out each row of `sums` (rows, k) in turn (Efron & Tibshirani 1993, chapter 11)."""
+    left = value(sums.sum(axis=0) - sums)
+    return float(((left - left.mean()) ** 2).sum() * (len(sums) - 1) / len(sums))
 
-    Wilson 1927 (JASA 22, 209-212) with n / design effect in place of n. Raises ValueError for no scores.
+
+def _right_or_wrong(measure: Measure) -> bool:
+    """Return whether `measure` is a mean of scores that are all 0 or 1."""
+    scores, ones = measure.features[:, 0], measure.features[:, -1]
+    return measure.value is _ratio and bool((ones == 1).all() and ((scores == 0) | (scores == 1)).all())
+
+
+def _effective_items(measure: Measure, clusters: Sequence) -> float:
+    """Return how many independent right-or-wrong items would make the value of a bounded measure as sure as it is.
+
+    value (1 - value) / variance, less what Student's t is wider than for independent items (Korn & Graubard 1998, Survey Methodology
+    24, 193-201). If no item differs it is the number of clusters.
     """
-    scores = np.asarray(scores, dtype=float)
-    if not len(scores):
-        raise ValueError("no scores: a mean of nothing has no interval")
-    mean, n = float(scores.mean()), len(scores) / design_effect(scores, clusters)
-    centre = (mean + Z**2 / (2 * n)) / (1 + Z**2 / n)
-    half = Z / (1 + Z**2 / n) * math.sqrt(mean * (1 - mean) / n + Z**2 / (4 * n**2))
-    return Interval(mean, min(max(centre - half, 0.0), mean), max(min(centre + half, 1.0), mean))
+    sums, items, value = _by_cluster(measure.features, clusters), len(measure.features), measure.total
+    groups, alone = len(sums), _jackknife(measure.value, measure.features)
+    if groups == 1 or alone < 1e-18:
+        return float(groups)
+    t_items, t_groups = (stdtrit(n - 1, 0.5 + CONFIDENCE / 2) for n in (items, groups))
+    scale = Z if not _right_or_wrong(measure) else t_items  # the spread of right and wrong follows from their mean
+    # clusters that differ less than independent items would do so by luck
+    variance = max(_jackknife(measure.value, sums) * (t_groups / scale) ** 2, alone * (t_items / scale) ** 2)
+    return value * (1 - value) / variance * items / (items - 1)
 
-# %% ../../nbs/core/statistics.ipynb #e4bf3e92
-CHUNK = 1_000  # resamples at a time: bounds memory to CHUNK x clusters
+
+def _wilson(value: float, n: float) -> Interval:
+    """Return Wilson's interval of a share `value` of `n` items (1927, JASA 22, 209-212)."""
+    centre = (value + Z**2 / (2 * n)) / (1 + Z**2 / n)
+    half = Z / (1 + Z**2 / n) * math.sqrt(value * (1 - value) / n + Z**2 / (4 * n**2))
+    return Interval(value, min(max(centre - half, 0.0), value), max(min(centre + half, 1.0), value))
+
+# %% ../../nbs/core/statistics.ipynb #322a0a71
+CHUNK = 1_000  # resamples at a time
+AT_ONCE = 10_000_000  # resamples x clusters at a time: bounds memory
 
 
-def _resampled_ratio(numerators: np.ndarray, denominators: np.ndarray, seed: int) -> tuple[float, float]:
-    """Return the middle 95 % of sum(numerators) / sum(denominators), both of shape (clusters,), over resamples."""
-    random, share, ratios = np.random.default_rng(seed), np.full(len(numerators), 1 / len(numerators)), []
-    for _ in range(RESAMPLES // CHUNK):
-        draws = random.multinomial(len(numerators), share, size=CHUNK)  # how often each cluster is drawn
-        ratios.append((draws @ numerators) / (draws @ denominators))
-    low, high = np.quantile(ratios, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return float(low), float(high)
+def _chunks(groups: int) -> Iterator[int]:
+    """Yield numbers of resamples that add up to RESAMPLES, none larger than memory allows."""
+    most = min(CHUNK, max(AT_ONCE // groups, 1))
+    yield from (min(most, RESAMPLES - start) for start in range(0, RESAMPLES, most))
+
+
+def _studentised(measure: Measure, clusters: Sequence, seed: int) -> Interval:
+    """Return the value of `measure` with its studentised bootstrap interval (Efron & Tibshirani 1993, section 12.5).
+
+    Draws without any spread say nothing and are left out; if none has any, as with a single cluster, the interval is the value.
+    """
+    sums = _by_cluster(measure.features, clusters)
+    groups, middle, random, missed = len(sums), measure.total, np.random.default_rng(seed), []
+    error = math.sqrt((_pulls(measure, sums.sum(axis=0), sums) ** 2).sum())
+    for size in _chunks(groups):
+        draws = random.multinomial(groups, np.full(groups, 1 / groups), size=size)  # how often each cluster is drawn
+        totals = draws @ sums
+        errors = np.sqrt((draws * _pulls(measure, totals, sums) ** 2).sum(axis=1))
+        spread = errors > 1e-6 * error
+        missed.append((measure.value(totals[spread]) - middle) / errors[spread])
+    if error < 1e-12 or not len(missed := np.concatenate(missed)):
+        return Interval(middle, middle, middle)
+    low, high = np.quantile(missed, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]).tolist()
+    return Interval(middle, min(middle - high * error, middle), max(middle - low * error, middle))
+
+
+def interval(measure: Measure, clusters: Sequence, seed: int = 0) -> Interval:
+    """Return what `measure` shows with its clustered 95 % interval: Wilson's if it is bounded, else the studentised bootstrap's.
+
+    Raises ValueError for no items.
+    """
+    if not len(measure.features):
+        raise ValueError("no items: a score of nothing has no interval")
+    if measure.bounded:
+        return _wilson(measure.total, _effective_items(measure, clusters))
+    return Interval(*(measure.shown(end) for end in _studentised(measure, clusters, seed)))
+
+
+def mean_interval(scores: np.ndarray, clusters: Sequence) -> Interval:
+    """Return the mean of `scores` (shape (items,)) with its clustered 95 % interval. Raises ValueError for no scores."""
+    return interval(mean_measure(scores), clusters)
 
 
 def perplexity_interval(surprise: np.ndarray, tokens: np.ndarray, clusters: Sequence, seed: int = 0) -> Interval:
-    """Return exp(total surprise / total tokens) with its clustered 95 % percentile interval.
+    """Return exp(total surprise / total tokens) with its clustered 95 % interval.
 
     `surprise` is each item's negative log-likelihood in nats, `tokens` how many tokens it was summed over.
     """
-    if not len(surprise):
-        raise ValueError("no items: a perplexity of nothing has no interval")
-    (nats, _), (counts, _) = _by_cluster(surprise, clusters), _by_cluster(np.asarray(tokens, dtype=float), clusters)
-    low, high = _resampled_ratio(nats, counts, seed)
-    return Interval(math.exp(nats.sum() / counts.sum()), math.exp(low), math.exp(high))
+    return interval(perplexity_measure(surprise, tokens), clusters, seed)
 
-# %% ../../nbs/core/statistics.ipynb #c6364ccb
-def bootstrap_difference(ours: np.ndarray, theirs: np.ndarray, clusters: Sequence, seed: int) -> Interval:
-    """Return the mean difference of paired scores (both of shape (items,)) with its 95 % percentile interval.
+# %% ../../nbs/core/statistics.ipynb #7e075013
+def _gap(ours: Measure, theirs: Measure) -> Measure:
+    """Return the difference of two measures on the same items as a measure."""
+    cut = ours.features.shape[1]
+    return Measure(np.hstack([ours.features, theirs.features]), lambda sums: ours.value(sums[..., :cut]) - theirs.value(sums[..., cut:]),
+                   lambda sums: np.concatenate([ours.slopes(sums[..., :cut]), -theirs.slopes(sums[..., cut:])], axis=-1), bounded=False)
 
-    Efron & Tibshirani 1993, chapter 13, with clusters as the sampled units (Field & Welsh 2007).
+
+def difference(ours: Measure, theirs: Measure, clusters: Sequence, seed: int) -> Interval:
+    """Return the difference of two measures on the same items with its clustered 95 % interval.
+
+    Perplexities are compared by their logarithm, in nats a token.
     """
-    difference = np.asarray(ours, dtype=float) - np.asarray(theirs, dtype=float)
-    sums, counts = _by_cluster(difference, clusters)
-    low, high = _resampled_ratio(sums, counts, seed)
-    return Interval(float(difference.mean()), low, high)
+    gap = _studentised(_gap(ours, theirs), clusters, seed)
+    return Interval(gap.value, max(gap.low, -1.0), min(gap.high, 1.0)) if ours.bounded and theirs.bounded else gap
+
+
+def bootstrap_difference(ours: np.ndarray, theirs: np.ndarray, clusters: Sequence, seed: int) -> Interval:
+    """Return the mean difference of paired scores (both of shape (items,)) with its clustered 95 % interval."""
+    return difference(mean_measure(ours), mean_measure(theirs), clusters, seed)
+
+# %% ../../nbs/core/statistics.ipynb #e0c3204f
+def exchange_p(ours: Measure, theirs: Measure, clusters: Sequence, seed: int) -> float:
+    """Return the two-sided p-value of two measures that differ by chance, by exchanging the systems in random clusters.
+
+    Fisher's randomisation test; Phipson & Smyth 2010 for the added one, which keeps p above zero.
+    """
+    mine, other = _by_cluster(ours.features, clusters), _by_cluster(theirs.features, clusters)
+    total, others = mine.sum(axis=0), other.sum(axis=0)
+    changes = (other - mine)[(other != mine).any(axis=1)]  # of the sums, if a cluster is exchanged
+    if not len(changes):
+        return 1.0
+    random = np.random.default_rng(seed)
+    observed, extreme = abs(ours.total - theirs.total) - 1e-12, 0
+    for size in _chunks(len(changes)):
+        moved = random.integers(0, 2, size=(size, len(changes)), dtype=np.int8) @ changes
+        extreme += int((np.abs(ours.value(total + moved) - theirs.value(others - moved)) >= observed).sum())
+    return (1 + extreme) / (1 + RESAMPLES)
 
 
 def sign_flip_p(ours: np.ndarray, theirs: np.ndarray, clusters: Sequence, seed: int) -> float:
-    """Return the two-sided p-value of paired scores that differ by chance, by flipping the sign of clusters.
+    """Return the two-sided p-value of paired scores (both of shape (items,)) whose means differ by chance."""
+    return exchange_p(mean_measure(ours), mean_measure(theirs), clusters, seed)
 
-    If the systems were equal, each cluster's difference could as well have had the other sign (Fisher's
-    randomisation test; Phipson & Smyth 2010 for the added one, which keeps p above zero).
-    """
-    sums, _counts = _by_cluster(np.asarray(ours, dtype=float) - np.asarray(theirs, dtype=float), clusters)
-    sums = sums[sums != 0]
-    if not len(sums):
-        return 1.0
-    random = np.random.default_rng(seed)
-    observed, extreme = abs(sums.sum()) - 1e-9, 0
-    for _ in range(RESAMPLES // CHUNK):
-        signs = random.integers(0, 2, size=(CHUNK, len(sums)), dtype=np.int8) * 2.0 - 1.0
-        extreme += int((np.abs(signs @ sums) >= observed).sum())
-    return (1 + extreme) / (1 + RESAMPLES)
+# %% ../../nbs/core/statistics.ipynb #91c167c2
+def mcnemar_p(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """Return the exact two-sided p-value of paired scores of 0 or 1, of shape (items,) (McNemar 1947, Psychometrika 12, 153-157)."""
+    ours, theirs = np.asarray(ours), np.asarray(theirs)
+    gained, lost = int((ours > theirs).sum()), int((ours < theirs).sum())
+    return min(1.0, 2 * float(bdtr(min(gained, lost), gained + lost, 0.5)))
 
-# %% ../../nbs/core/statistics.ipynb #6320995c
+
+def paired_p(ours: Measure, theirs: Measure, clusters: Sequence, seed: int) -> tuple[float, str]:
+    """Return the p-value of two measures on the same items, and which test it is of: "McNemar" or "exchange"."""
+    if _right_or_wrong(ours) and _right_or_wrong(theirs) and len(set(clusters)) == len(ours.features):
+        return mcnemar_p(ours.features[:, 0], theirs.features[:, 0]), "McNemar"
+    return exchange_p(ours, theirs, clusters, seed), "exchange"
+
+# %% ../../nbs/core/statistics.ipynb #9df9222a
 def holm(p_values: Sequence[float]) -> list[float]:
     """Return `p_values` adjusted for their number, in the given order (Holm 1979, Scand. J. Stat. 6:65)."""
     p_values = np.asarray(p_values, dtype=float)
@@ -139,42 +303,69 @@ def verdict(difference: Interval, p: float, lower_is_better: bool = False) -> st
         return "not proven"
     return "better" if (difference.value > 0) != lower_is_better else "worse"
 
-# %% ../../nbs/core/statistics.ipynb #2c081591
-def score_rows(system: str, model: str, scores: dict[str, np.ndarray], clusters: Sequence,
-               failed: int) -> list[dict]:
+# %% ../../nbs/core/statistics.ipynb #7743628e
+Scores = np.ndarray | Measure  # an array is one score an item, and stands for its mean
+
+
+def _measured(scores: Scores, lower_is_better: bool = False) -> Measure:
+    return scores if isinstance(scores, Measure) else mean_measure(scores, lower_is_better)
+
+
+def score_rows(system: str, model: str, scores: dict[str, Scores], clusters: Sequence, failed: int) -> list[dict]:
     """Return a row {system, model, criterion, value, low, high, n, failed} for each criterion of a system."""
-    return [{"system": system, "model": model, "criterion": name, **mean_interval(values, clusters)._asdict(),
-             "n": len(values), "failed": failed} for name, values in scores.items()]
+    measures = {name: _measured(found) for name, found in scores.items()}
+    return [{"system": system, "model": model, "criterion": name, **interval(measure, clusters)._asdict(),
+             "n": len(measure.features), "failed": failed} for name, measure in measures.items()]
 
 
-def verdict_rows(comparisons: Sequence[tuple[str, str, str]], scores: dict[str, dict[str, np.ndarray]],
+def _judged(pairs: Sequence[tuple[Measure, Measure, Sequence]], seed: int) -> list[dict]:
+    """Return {difference, low, high, p, test, verdict} for each (ours, theirs, clusters), p Holm-adjusted over all of them."""
+    tested = [paired_p(ours, theirs, clusters, seed) for ours, theirs, clusters in pairs]
+    gaps = [difference(ours, theirs, clusters, seed) for ours, theirs, clusters in pairs]
+    return [{"difference": gap.value, "low": gap.low, "high": gap.high, "p": p, "test": test, "verdict": verdict(gap, p, ours.lower_is_better)}
+            for gap, p, (_, test), (ours, _, _) in zip(gaps, holm([p for p, _ in tested]), tested, pairs)]
+
+
+def verdict_rows(comparisons: Sequence[tuple[str, str, str]], scores: dict[str, dict[str, Scores]],
                  clusters: Sequence, seed: int, lower_is_better: Sequence[str] = ()) -> list[dict]:
-    """Return a row {criterion, system, against, difference, low, high, p, verdict} for each comparison.
+    """Return a row {criterion, system, against, difference, low, high, p, test, verdict} for each comparison.
 
     `comparisons` lists (criterion, system, against); `scores` is {system: {criterion: scores}} on the same
-    items in the same order; for the criteria named in `lower_is_better` a negative difference is the better one.
+    items in the same order; for arrays of the criteria named in `lower_is_better` a negative difference is the better one.
     `p` is Holm-adjusted over all comparisons of the call: what is reported together
     belongs into one call.
     """
-    pairs = [(scores[ours][criterion], scores[theirs][criterion]) for criterion, ours, theirs in comparisons]
-    p_values = holm([sign_flip_p(ours, theirs, clusters, seed) for ours, theirs in pairs])
-    rows = []
-    for (criterion, system, against), (ours, theirs), p in zip(comparisons, pairs, p_values):
-        gap = bootstrap_difference(ours, theirs, clusters, seed)
-        rows.append({"criterion": criterion, "system": system, "against": against, "difference": gap.value,
-                     "low": gap.low, "high": gap.high, "p": p,
-                     "verdict": verdict(gap, p, criterion in lower_is_better)})
-    return rows
+    measured = [(_measured(scores[system][criterion], criterion in lower_is_better), _measured(scores[against][criterion]), clusters)
+                for criterion, system, against in comparisons]
+    return [{"criterion": criterion, "system": system, "against": against, **row}
+            for (criterion, system, against), row in zip(comparisons, _judged(measured, seed))]
 
-# %% ../../nbs/core/statistics.ipynb #4d6cb8b3
+# %% ../../nbs/core/statistics.ipynb #1a727622
+def _needed_errors(comparisons: int) -> float:
+    """Return how many standard errors a difference must be to be found with 80 % power at 5 % error in all of `comparisons`."""
+    return float(ndtri(1 - (1 - CONFIDENCE) / 2 / comparisons) + ndtri(POWER))
+
+
 def detectable_difference(items: int, clusters: int, effect: Optional[float] = None,
-                          disagree: float = 0.5) -> float:
+                          disagree: float = 0.5, comparisons: int = 1) -> float:
     """Return the smallest difference of two paired scores that is found with 80 % power at 5 % error.
 
     (z(0.975) + z(0.8)) * sqrt(variance * design effect / items), Miller, arXiv 2411.00640, section 5, with
     Kish's design effect. `effect` None takes the worst case, all items of a cluster alike (items / clusters).
     An item's difference varies by at most `disagree`, the share of items that only one system gets right; for
-    scores that are no shares, give the variance that is expected.
+    scores that are no shares, give the variance that is expected. Of `comparisons` each is found so often (Bonferroni's bound on Holm).
     """
     effect = items / clusters if effect is None else effect
-    return min((Z + float(ndtri(POWER))) * math.sqrt(disagree * effect / items), 1.0)
+    return min(_needed_errors(comparisons) * math.sqrt(disagree * effect / items), 1.0)
+
+
+def needed_items(difference: float, items: int, clusters: int, effect: Optional[float] = None,
+                 disagree: float = 0.5, comparisons: int = 1) -> int:
+    """Return how many more items, with as many to a cluster as these have, it takes until `difference` is detectable (0: none).
+
+    The other arguments are those of `detectable_difference`. Raises ValueError for a difference that is not above zero.
+    """
+    if difference <= 0:
+        raise ValueError("no number of items shows a difference of nothing")
+    effect = items / clusters if effect is None else effect
+    return max(math.ceil(_needed_errors(comparisons) ** 2 * disagree * effect / difference**2 - items - 1e-6), 0)
