@@ -33,7 +33,8 @@ header, *lines = score_lines(evaluated["scores"])
 table = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header), *("| " + " | ".join(line) + " |" for line in lines)]
 (HERE / "home_intents.md").write_text("\n".join([
     "# home-intents, the last full run", "", f"`make demo`, then `python benchmarks/home_intents.py runs/home-intents`. {processor}, "
-    f"{os.cpu_count()} cores. Phases took " + ", ".join(f"{name} {phase['seconds']:.0f} s" for name, phase in phases.items())
+    f"{os.cpu_count()} cores. Phases took " + ", ".join(f"{name} {phase['seconds']:.0f} s" + (" (answers kept from an earlier run)" if "asked" in phase and not any(phase["asked"].values()) else "")
+                                       for name, phase in phases.items())
     + f"; training {train['tokens_per_second']:.0f} tokens a second, peak memory {train['peak_memory_gib']:.1f} GiB.", "",
     f"Scores on {evaluated['scores'][0]['n']} test items, 95 % intervals clustered by template; the test split was opened "
     f"{evaluated['test_openings']} time(s):", "", *table, "", *(f"- {sentence}" for sentence in verdict_sentences(evaluated)), "", evaluated["in_words"], ""]))

@@ -196,7 +196,7 @@ def test_no_false_better_in_a_a_comparisons(monkeypatch):
 
 
 def test_detectable_difference():
-    assert detectable_difference(400, 400) == pytest.approx(2.8016 * np.sqrt(0.5 / 400), abs=1e-4)
+    assert detectable_difference(400, 400) == pytest.approx(2.8016 * np.sqrt(0.5 / 400), abs=4e-3)  # and the allowances of exact tests
     assert (
         detectable_difference(500, 100)
         == detectable_difference(100, 100)

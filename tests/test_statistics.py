@@ -106,8 +106,8 @@ def test_few_clusters_are_less_sure_of_their_spread():
     normal = 10 * 9 / 10 * 80 / 79 * (1.9905 / 2.2622) ** 2  # clusters, G / (G - 1) and its like for items, t of 79 and of 9
     half = 1.95996 / (1 + 1.95996**2 / normal) * math.sqrt(0.25 / normal + 1.95996**2 / (4 * normal**2))
     assert found.high - found.low == pytest.approx(2 * half, rel=1e-3)
-    everyone_right = mean_interval(np.ones(80), clusters)
-    assert everyone_right == mean_interval(np.ones(10), range(10)), "how alike items are does not show; the worst is assumed"
+    one_wrong = mean_interval(np.repeat([0.0, 1.0], [1, 79]), clusters)
+    assert mean_interval(np.ones(80), clusters).low > one_wrong.low, "a perfect score is not less sure than one with a mistake"
     assert mean_interval(np.array([1.0, 0.0]), [0, 0]).low < 0.1
 
 
@@ -127,7 +127,7 @@ def test_macro_f1_equals_scikit_learn_and_its_range_stays_within_bounds():
     assert found.value == pytest.approx(f1_score(wanted, given, labels=list("abcd"), average="macro", zero_division=0))
     assert found.low < found.value < found.high
     perfect = interval(macro_f1_measure(wanted.tolist(), wanted.tolist()), np.arange(200) // 4)
-    assert perfect == mean_interval(np.ones(50), range(50))
+    assert perfect == mean_interval(np.ones(200), range(200))
     nothing = interval(macro_f1_measure(wanted.tolist(), [""] * 200), range(200))
     assert nothing.value == 0.0 == nothing.low < nothing.high < 0.05
 
@@ -179,14 +179,25 @@ def test_one_cluster_or_equal_answers_prove_nothing():
 @pytest.mark.parametrize("comparisons", [1, 12])
 @pytest.mark.parametrize("items, groups, disagree", [(400, 400, 0.5), (400, 100, 0.2), (1000, 250, 1.3)])
 def test_power_equals_its_closed_form(items, groups, disagree, comparisons):
-    gap = detectable_difference(items, groups, disagree=disagree, comparisons=comparisons)
-    error = math.sqrt(disagree / groups)  # of the mean, all items of a group alike
-    assert norm.sf(norm.isf(0.025 / comparisons) - gap / error) == pytest.approx(0.8)
-    more = needed_items(gap / 2, items, groups, disagree=disagree, comparisons=comparisons)
-    assert more == 3 * items, "half the difference takes four times as many"
-    assert needed_items(gap, items, groups, disagree=disagree, comparisons=comparisons) == 0
+    """The power of a difference less one item's worth, with as many clusters fewer as an estimated spread costs."""
+    of = {"disagree": disagree, "comparisons": comparisons}
+    z = norm.isf(0.025 / comparisons)
+    n = groups - z**2
+    for shares in (True, False):
+        gap = detectable_difference(items, groups, shares=shares, **of)
+        assert norm.sf(z - (gap - shares / n) / math.sqrt(disagree / n)) == pytest.approx(0.8)
+        assert needed_items(gap, items, groups, shares=shares, **of) == 0
+    more = needed_items(gap / 2, items, groups, shares=False, **of)
+    assert more == math.ceil(round(3 * n * items / groups, 6)), "half the difference takes four times as many"
     with pytest.raises(ValueError, match="nothing"):
         needed_items(0.0, items, groups)
+
+
+def test_power_at_the_edges():
+    assert detectable_difference(1, 1) == detectable_difference(40, 2) == 1.0, "of so few clusters nothing can be said"
+    assert detectable_difference(1, 1, shares=False) == math.inf and detectable_difference(9, 9, disagree=30.0, shares=False) > 1
+    assert detectable_difference(4000, 4000) == pytest.approx(2.8016 * math.sqrt(0.5 / 4000), rel=0.01), "Miller, arXiv 2411.00640, section 5"
+    assert needed_items(0.05, 300, 100, effect=1.5) < needed_items(0.05, 300, 100)
 
 
 def test_promised_power_is_measured(monkeypatch):

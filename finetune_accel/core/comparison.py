@@ -23,7 +23,7 @@ from .likelihood import log_likelihoods
 from .metrics import count_failed, score_all
 from .progress import progress
 from .prompting import asked_of_base, halves, nearest_rows
-from .statistics import perplexity_interval, score_rows, verdict_rows
+from .statistics import Measure, perplexity_interval, perplexity_measure, score_rows, verdict_rows
 
 # %% auto #0
 __all__ = ['CONTINUATION', 'LONGEST_CHAT_ANSWER', 'AT_ONCE', 'SHOWN_ANSWERS', 'Result', 'Answers', 'answer_limit',
@@ -221,11 +221,13 @@ def score_table(result: Result, criteria: list[Criterion]) -> list[dict]:
 def compare(results: list[Result], criteria: list[Criterion], seed: int, system: str = "tuned") -> list[dict]:
     """Return verdict rows (criterion, system, against, difference, low, high, p, verdict) of `system` against all others.
 
-    All results that are scored are on the same items. The difference in perplexity is that of the mean log, in nats a token.
+    All results that are scored are on the same items. The difference in perplexity is that of its log, in nats a token.
     """
-    scored: dict[str, dict[str, np.ndarray]] = {}
+    scored: dict[str, dict[str, np.ndarray | Measure]] = {}
     for result in results:
         if found := item_scores(result, criteria):
+            if isinstance(result, Likelihoods):  # longer texts count for more, as in the perplexity itself
+                found = dict.fromkeys(found, perplexity_measure(result.surprise, result.tokens))
             scored.setdefault(result.system, {}).update(found)
             clusters = [row["group"] for row in result.items]
     comparisons = [(criterion.name, system, other) for criterion in criteria for other in scored

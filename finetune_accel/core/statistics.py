@@ -155,12 +155,13 @@ def _effective_items(measure: Measure, clusters: Sequence) -> float:
     """Return how many independent right-or-wrong items would make the value of a bounded measure as sure as it is.
 
     value (1 - value) / variance, less what Student's t is wider than for independent items (Korn & Graubard 1998, Survey Methodology
-    24, 193-201). If no item differs it is the number of clusters.
+    24, 193-201). If no item differs, nothing says how alike a cluster's are, and each counts: else a perfect score would be less sure than
+    one with a single mistake.
     """
     sums, items, value = _by_cluster(measure.features, clusters), len(measure.features), measure.total
-    groups, alone = len(sums), _jackknife(measure.value, measure.features)
-    if groups == 1 or alone < 1e-18:
-        return float(groups)
+    groups = len(sums)
+    if groups == 1 or (alone := _jackknife(measure.value, measure.features)) < 1e-18:
+        return float(items if groups > 1 else 1)
     t_items, t_groups = (stdtrit(n - 1, 0.5 + CONFIDENCE / 2) for n in (items, groups))
     scale = Z if not _right_or_wrong(measure) else t_items  # the spread of right and wrong follows from their mean
     # clusters that differ less than independent items would do so by luck
@@ -185,24 +186,32 @@ def _chunks(groups: int) -> Iterator[int]:
     yield from (min(most, RESAMPLES - start) for start in range(0, RESAMPLES, most))
 
 
+def _draws(groups: int, seed: int) -> Iterator[np.ndarray]:
+    """Yield how often each cluster is drawn in each resample, shape (resamples, groups), RESAMPLES in all."""
+    random = np.random.default_rng(seed)
+    for size in _chunks(groups):
+        drawn = random.integers(0, groups, size=(size, groups)) + groups * np.arange(size)[:, None]
+        yield np.bincount(drawn.ravel(), minlength=size * groups).reshape(size, groups).astype(float)
+
+
 def _studentised(measure: Measure, clusters: Sequence, seed: int) -> Interval:
     """Return the value of `measure` with its studentised bootstrap interval (Efron & Tibshirani 1993, section 12.5).
 
-    Draws without any spread say nothing and are left out; if none has any, as with a single cluster, the interval is the value.
+    Nowhere narrower than Student's, which few clusters need. Draws without any spread say nothing and are left out; if none has any, as
+    with a single cluster, the interval is the value.
     """
-    sums = _by_cluster(measure.features, clusters)
-    groups, middle, random, missed = len(sums), measure.total, np.random.default_rng(seed), []
+    sums, middle, missed = _by_cluster(measure.features, clusters), measure.total, []
     error = math.sqrt((_pulls(measure, sums.sum(axis=0), sums) ** 2).sum())
-    for size in _chunks(groups):
-        draws = random.multinomial(groups, np.full(groups, 1 / groups), size=size)  # how often each cluster is drawn
+    if len(sums) == 1 or error < 1e-12:
+        return Interval(middle, middle, middle)
+    for draws in _draws(len(sums), seed):
         totals = draws @ sums
         errors = np.sqrt((draws * _pulls(measure, totals, sums) ** 2).sum(axis=1))
         spread = errors > 1e-6 * error
         missed.append((measure.value(totals[spread]) - middle) / errors[spread])
-    if error < 1e-12 or not len(missed := np.concatenate(missed)):
-        return Interval(middle, middle, middle)
-    low, high = np.quantile(missed, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]).tolist()
-    return Interval(middle, min(middle - high * error, middle), max(middle - low * error, middle))
+    low, high = (np.quantile(np.concatenate(missed), [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]) * error).tolist()
+    student = float(stdtrit(len(sums) - 1, 0.5 + CONFIDENCE / 2)) * math.sqrt(_jackknife(measure.value, sums))
+    return Interval(middle, middle - max(high, student), middle + max(-low, student))
 
 
 def interval(measure: Measure, clusters: Sequence, seed: int = 0) -> Interval:
@@ -341,31 +350,37 @@ def verdict_rows(comparisons: Sequence[tuple[str, str, str]], scores: dict[str, 
             for (criterion, system, against), row in zip(comparisons, _judged(measured, seed))]
 
 # %% ../../nbs/core/statistics.ipynb #1a727622
-def _needed_errors(comparisons: int) -> float:
-    """Return how many standard errors a difference must be to be found with 80 % power at 5 % error in all of `comparisons`."""
-    return float(ndtri(1 - (1 - CONFIDENCE) / 2 / comparisons) + ndtri(POWER))
+def _errors_and_lost(comparisons: int) -> tuple[float, float]:
+    """Return how many standard errors are found with 80 % power at 5 % error in all of `comparisons`, and how many clusters it costs."""
+    z = float(ndtri(1 - (1 - CONFIDENCE) / 2 / comparisons))
+    return z + float(ndtri(POWER)), z**2
 
 
 def detectable_difference(items: int, clusters: int, effect: Optional[float] = None,
-                          disagree: float = 0.5, comparisons: int = 1) -> float:
-    """Return the smallest difference of two paired scores that is found with 80 % power at 5 % error.
+                          disagree: float = 0.5, comparisons: int = 1, shares: bool = True) -> float:
+    """Return the smallest difference of two paired scores that is found with 80 % power at 5 % error; 1 (infinity) if none is.
 
-    (z(0.975) + z(0.8)) * sqrt(variance * design effect / items), Miller, arXiv 2411.00640, section 5, with
-    Kish's design effect. `effect` None takes the worst case, all items of a cluster alike (items / clusters).
-    An item's difference varies by at most `disagree`, the share of items that only one system gets right; for
-    scores that are no shares, give the variance that is expected. Of `comparisons` each is found so often (Bonferroni's bound on Holm).
+    (z(0.975) + z(0.8)) * sqrt(variance / n) + 1 / n, where n = items / design effect - z(0.975)^2: Miller, arXiv 2411.00640,
+    section 5, with Kish's design effect, twice Guenther's allowance for an estimated variance (1981, American Statistician 35, 243-244)
+    and one item's for continuity. `effect` None takes the worst case, all items of a cluster alike (items / clusters). An item's
+    difference varies by at most `disagree`, the share of items that only one system gets right; for scores that are no `shares`, give the
+    variance that is expected. Each of `comparisons` is found so often (Bonferroni's bound on Holm).
     """
-    effect = items / clusters if effect is None else effect
-    return min(_needed_errors(comparisons) * math.sqrt(disagree * effect / items), 1.0)
+    (errors, lost), most = _errors_and_lost(comparisons), 1.0 if shares else math.inf
+    n = items / (items / clusters if effect is None else effect) - lost
+    return min(errors * math.sqrt(disagree / n) + shares / n, most) if n > 0 else most
 
 
 def needed_items(difference: float, items: int, clusters: int, effect: Optional[float] = None,
-                 disagree: float = 0.5, comparisons: int = 1) -> int:
+                 disagree: float = 0.5, comparisons: int = 1, shares: bool = True) -> int:
     """Return how many more items, with as many to a cluster as these have, it takes until `difference` is detectable (0: none).
 
-    The other arguments are those of `detectable_difference`. Raises ValueError for a difference that is not above zero.
+    The other arguments are those of `detectable_difference`, whose formula is solved for n. Raises ValueError for a difference that is
+    not above zero.
     """
     if difference <= 0:
         raise ValueError("no number of items shows a difference of nothing")
-    effect = items / clusters if effect is None else effect
-    return max(math.ceil(_needed_errors(comparisons) ** 2 * disagree * effect / difference**2 - items - 1e-6), 0)
+    (errors, lost), effect = _errors_and_lost(comparisons), items / clusters if effect is None else effect
+    root = errors * math.sqrt(disagree)
+    n = ((root + math.sqrt(root**2 + 4 * difference * shares)) / (2 * difference)) ** 2
+    return max(math.ceil((n + lost) * effect - items - 1e-6), 0)
