@@ -199,16 +199,17 @@ class Bench:
 
 def compared(before: tuple, after: tuple, records: list[dict]) -> dict:
     """Return the perplexities before and after with their intervals, and what changed: as a share, and in nats a token."""
-    from finetune_accel.core.statistics import perplexity_interval
+    from finetune_accel.core.statistics import difference, perplexity_interval, perplexity_measure
 
     clusters, tokens = [record["group"] for record in records], before[1]
-    old, new, ratio = (perplexity_interval(nats, tokens, clusters) for nats in (before[0], after[0], after[0] - before[0]))
+    old, new = (perplexity_interval(nats, tokens, clusters) for nats in (before[0], after[0]))
+    rise = difference(perplexity_measure(after[0], tokens), perplexity_measure(before[0], tokens), clusters, SEED)
 
     def three(values) -> list[float]:
         return [round(float(value), 4) for value in values]
 
     return {"texts": len(records), "groups": len(set(clusters)), "tokens": int(tokens.sum()), "base": three(old), "tuned": three(new),
-            "lower by": three((1 - ratio.value, 1 - ratio.high, 1 - ratio.low)), "cross-entropy rises by": three(map(math.log, ratio))}
+            "lower by": three(1 - math.exp(nats) for nats in (rise.value, rise.high, rise.low)), "cross-entropy rises by": three(rise)}
 
 
 def engagement(args: argparse.Namespace, name: str, rows: dict, targets: str, general: dict, others: list[dict]) -> dict:
