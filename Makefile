@@ -3,12 +3,13 @@
 # make lab    open the notebooks
 # make slow   the tests that make test leaves out (Spark again, killed; Gemma)
 # make benchmark, make scale   speed beside others, a million rows; results are files in benchmarks/
+# make generation   speed of the engines that answer, and whether they answer the same (RUN: a finished run of home-intents)
 # make gpu    on one NVIDIA GPU: speed beside TRL (and Unsloth: UNSLOTH=FOLDER), memory, exactness, FP8 and four bits on real weights
 # make sync   after editing a notebook: export the package, the parameters cells and README.md
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test slow lab sync benchmark scale gpu clean
+.PHONY: demo test slow lab sync benchmark generation scale gpu clean
 
 demo: .venv/.installed
 	$(BIN)/finetune-accel run home-intents
@@ -36,6 +37,11 @@ sync: .venv/.installed-dev
 benchmark: .venv/.installed
 	$(BIN)/python benchmarks/cpu_training.py
 	$(BIN)/python benchmarks/prepare_encoding.py
+
+RUN ?= runs/home-intents
+generation: .venv/.installed-dev
+	$(BIN)/python benchmarks/generation.py --items $(RUN)/prepare/*/dev.parquet $(RUN)/prepare/*/train.parquet \
+	  --tuned $(wildcard $(RUN)/train/*/merged) --criteria $(wildcard $(RUN)/plan/*/criteria.json)
 
 scale: .venv/.installed-dev
 	$(BIN)/python benchmarks/prepare_scale.py

@@ -44,7 +44,8 @@ def answers(model, tokenizer, rows: list[dict], limit: int) -> list[str]:
 
 def scores_of(texts: list[str], rows: list[dict]) -> dict[str, list[float]]:
     """Return each criterion's scores of the answers."""
-    from finetune_accel.core.metrics import Criterion, score_all
+    from finetune_accel.core.criteria import Criterion
+    from finetune_accel.core.metrics import score_all
 
     scored = score_all([Criterion(**criterion) for criterion in CRITERIA], texts, [row["response"] for row in rows])
     return {name: [float(value) for value in values] for name, values in scored.items()}

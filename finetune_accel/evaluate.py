@@ -5,19 +5,23 @@
 # %% ../nbs/05_evaluate.ipynb #a5884a25
 from __future__ import annotations
 
-from typing import Optional
+from typing import Literal, Optional
 
 from pydantic import Field
 
+from .core.cost import CostSettings
+from .core.criteria import Criterion
 from .core.errors import BadInput
-from .core.metrics import Criterion
-from .core.settings import PhaseSettings
+from .core.judge import JudgeSettings
+from .core.settings import PhaseSettings, Source
+from .core.sources import source_digest
 
 # %% auto #0
 __all__ = ['READS', 'EvaluateSettings', 'require_baselines', 'clears', 'criteria_met']
 
 # %% ../nbs/05_evaluate.ipynb #56aa26f8
-READS = ("plan/criteria.json", "prepare/train.parquet", "prepare/test.parquet", "prepare/format.json", "train/merged")
+READS = ("plan/criteria.json", "prepare/train.parquet", "prepare/dev.parquet", "prepare/test.parquet", "prepare/format.json", "train/merged",
+         "train/canaries.json")
 
 
 class EvaluateSettings(PhaseSettings):
@@ -26,7 +30,19 @@ class EvaluateSettings(PhaseSettings):
     examples_in_prompt: int = Field(5, ge=0, le=50, description="worked examples shown to base+K and base+K nearest (supervised only), 0 for neither")
     items: Optional[int] = Field(400, ge=1, description="test prompts to ask, or texts to read, null for all")
     slices: list[str] = Field(["label", "prompt length"], description="what items are divided by: label, prompt length, answer length")
+    judge: Optional[JudgeSettings] = Field(None, description="a larger model that compares answers, for example {base_url: https://..., model: ...}")
+    engine: Literal["reference", "openvino", "openvino-bf16"] = Field("reference", description="what computes the answers: reference, or a faster one, if it is exact or admitted")
+    general: Optional[Source] = Field(None, description="texts from outside the domain that show what was forgotten, null for a shipped source")
+    general_texts: int = Field(40, ge=0, le=2000, description="how many of them base and tuned model read, 0 for none")
+    forgets: float = Field(0.05, gt=0, description="rise of their cross-entropy that counts as forgetting, nats a token")
+    harness_tasks: list[str] = Field([], description="tasks of lm-evaluation-harness for base and tuned model, for example [piqa]; most need a hub")
+    cost: CostSettings = Field(CostSettings(), description="prices, for the cost of a thousand requests and break-even; without them tokens and seconds")
     reason: str = Field("final verdict", min_length=1, description="why the test split is opened, written down")
+
+    def external_inputs(self) -> dict[str, str]:
+        """Digests of what people said and of the general texts, where they are named: a changed sheet is a changed input."""
+        named = {"human_labels": self.judge and self.judge.human_labels, "general": self.general}
+        return {name: source_digest(source) for name, source in named.items() if source}
 
 # %% ../nbs/05_evaluate.ipynb #3ed6fb0f
 def require_baselines(criteria: list[Criterion], systems: list[str]) -> None:
@@ -34,7 +50,8 @@ def require_baselines(criteria: list[Criterion], systems: list[str]) -> None:
     for number, criterion in enumerate(criteria):
         if criterion.better_than and criterion.better_than not in systems:
             raise BadInput(f"plan.criteria.{number}", f"{criterion.name} is to be better than {criterion.better_than}, which is not asked",
-                           "set evaluate.examples_in_prompt to 1 or more, or write better_than: base")
+                           "write better_than: base, or for base+K set evaluate.examples_in_prompt to 1 or more; a classical classifier is asked "
+                           "where the training answers hold 2 to 200 classes")
 
 # %% ../nbs/05_evaluate.ipynb #ff211d7c
 def clears(criterion: Criterion, score: dict) -> bool:

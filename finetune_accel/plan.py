@@ -9,8 +9,8 @@ from typing import Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
+from .core.criteria import Criterion, check_criteria
 from .core.errors import GateNotMet
-from .core.metrics import Criterion, check_criteria
 from .core.settings import PhaseSettings, StrictModel, stated
 
 # %% auto #0

@@ -55,10 +55,10 @@ def wait_until_ready(url: str, server: subprocess.Popen, seconds: float, log: Pa
 
 
 @contextmanager
-def running_server(target: Path, log: Path, ready_seconds: float) -> Iterator[str]:
+def running_server(target: Path, engine: str, log: Path, ready_seconds: float) -> Iterator[str]:
     """Start `finetune-accel serve target`, yield its address when it is ready, and stop it. Raises PhaseFailed."""
     port = free_port()
-    command = [sys.executable, "-m", "finetune_accel.core.cli", "serve", str(target), "--port", str(port)]
+    command = [sys.executable, "-m", "finetune_accel.core.cli", "serve", str(target), "--port", str(port), "--engine", engine]
     with open(log, "w") as out:
         server = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
     try:

@@ -42,6 +42,7 @@ class TrainSettings(PhaseSettings):
     best_by: Optional[str] = Field(None, description="criterion whose best dev score decides which weights are kept, null for the plan's last")
     patience: Optional[int] = Field(None, ge=1, description="stop after this many measurements without a better one, null for never")
     deterministic: bool = Field(False, description="bit-identical reruns on the same machine, slower")
+    canaries: int = Field(0, ge=0, le=64, description="made-up secrets planted in the training rows, to see whether they are learnt by heart; 0 or 6 and more")
     register_to: str = Field("main.default", pattern=r"^[A-Za-z0-9_]+\.[A-Za-z0-9_]+$", description="catalog.schema for the model")
 
     def external_inputs(self) -> dict[str, str]:

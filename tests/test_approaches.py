@@ -21,7 +21,7 @@ from finetune_accel.core.engagement import phases
 from finetune_accel.core.errors import BadInput
 from finetune_accel.core.generate import generate, load
 from finetune_accel.core.likelihood import log_likelihoods
-from finetune_accel.core.metrics import Criterion, check_criteria
+from finetune_accel.core.criteria import Criterion, check_criteria
 from finetune_accel.core.prompting import asked_of_base
 from finetune_accel.core.runs import RunFolder
 from finetune_accel.core.server import create_app

@@ -161,5 +161,5 @@ def test_what_is_refused(loaded, folder, tmp_path):
 
 def test_batches_are_bounded_by_rows_and_tokens(monkeypatch):
     monkeypatch.setattr(engine, "TOKENS_IN_FLIGHT", 100)
-    batches = engine._batches([5, 40, 10, 90, 12], max_new_tokens=10, batch_size=2)
+    batches = engine.in_batches([5, 40, 10, 90, 12], max_new_tokens=10, batch_size=2)
     assert batches == [[3], [1, 4], [2, 0]] and sorted(sum(batches, [])) == [0, 1, 2, 3, 4]

@@ -307,7 +307,7 @@ def test_a_full_queue_answers_429(folder):
 def test_a_failure_inside_shows_no_internals(folder, monkeypatch):
     async def ask():
         app = create_app(folder, NAME)
-        monkeypatch.setattr("finetune_accel.core.server.generate", lambda *a, **k: 1 / 0)
+        monkeypatch.setattr("finetune_accel.core.answering.generate.generate", lambda *a, **k: 1 / 0)
         transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             return await client.post("/invocations", json={"messages": HELLO}), await client.get("/healthz")

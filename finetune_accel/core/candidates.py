@@ -5,6 +5,7 @@
 # %% ../../nbs/core/candidates.ipynb #014f15e4
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,29 +13,36 @@ from pathlib import Path
 import numpy as np
 
 from . import generate
-from .comparison import Answers, item_scores
-from .metrics import Criterion
+from .answering import load_engine
+from .comparison import Answers, goodness
+from .criteria import Criterion
+from .kept_answers import KeptAnswers
 from .statistics import bootstrap_difference, mean_interval
 
 # %% auto #0
 __all__ = ['WAITED_FOR', 'overall_scores', 'latency', 'Candidate', 'candidate_of', 'candidate_rows', 'recommendation']
 
 # %% ../../nbs/core/candidates.ipynb #d49fa611
-def overall_scores(scores: dict[str, np.ndarray], criteria: Sequence[Criterion]) -> np.ndarray:
-    """Return each item's mean over the criteria of answers, (items,) in 0..1; `scores` is {criterion name: (items,)}."""
-    return np.mean([scores[criterion.name] for criterion in criteria], axis=0)
+def overall_scores(answers: Answers, criteria: Sequence[Criterion]) -> np.ndarray:
+    """Return each item's weighted mean over the criteria of answers, (items,) in 0..1, more is better."""
+    return np.average([goodness(answers, criterion) for criterion in criteria], axis=0, weights=[criterion.weight for criterion in criteria])
 
 # %% ../../nbs/core/candidates.ipynb #b1da4277
 WAITED_FOR = 10  # prompts
 
 
-def latency(folder: Path, prompts: list[generate.Prompt], limit: int) -> dict[str, float]:
-    """Return {"p50", "p95"}: seconds for one answer of at most `limit` tokens, one prompt at a time, by the reference engine."""
-    model, tokenizer = generate.load(folder)
-    generate.ready_for_messages(tokenizer)
-    generate.generate(model, tokenizer, prompts[:1], limit)  # the first pays for what is made once
-    seconds = [generate.generate(model, tokenizer, [prompt], limit)[0].seconds for prompt in prompts[:WAITED_FOR]]
-    return {"p50": float(np.quantile(seconds, 0.5)), "p95": float(np.quantile(seconds, 0.95))}
+def latency(folder: Path, prompts: list[generate.Prompt], kept: KeptAnswers) -> dict[str, float]:
+    """Return {"p50", "p95", "a second"}: seconds for one answer, one prompt at a time, and answers a second where a batch of them waits.
+
+    With the limit, stops and engine that `kept` names.
+    """
+    engine = load_engine(kept.engine, folder)
+    generate.ready_for_messages(engine.tokenizer)
+    engine.generate(prompts[:1], kept.limit, stop=kept.stop)  # the first pays for what is made once
+    seconds = [engine.generate([prompt], kept.limit, stop=kept.stop)[0].seconds for prompt in prompts[:WAITED_FOR]]
+    started, batch = time.monotonic(), prompts[:generate.BATCH_SIZE]
+    engine.generate(batch, kept.limit, stop=kept.stop)
+    return {"p50": float(np.quantile(seconds, 0.5)), "p95": float(np.quantile(seconds, 0.95)), "a second": len(batch) / (time.monotonic() - started)}
 
 # %% ../../nbs/core/candidates.ipynb #0a916101
 @dataclass(frozen=True)
@@ -52,7 +60,7 @@ class Candidate:
 
 def candidate_of(model: str, answers: Sequence[Answers], criteria: Sequence[Criterion], facts: dict, wait: dict) -> Candidate:
     """Return `model` with the best of its `answers`; `facts` are `core.models.model_facts`, `wait` is its `latency`."""
-    ways = [(overall_scores(item_scores(a, criteria), criteria), a.system) for a in answers if a.model == model]
+    ways = [(overall_scores(a, criteria), a.system) for a in answers if a.model == model]
     scores, system = max(ways, key=lambda way: way[0].mean())
     return Candidate(model, system, scores, facts["parameters"], facts["licence"], wait["p50"], wait["p95"])
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from .criteria import LOWER_IS_BETTER
 from .errors import BadInput
-from .metrics import Criterion
 
 # %% auto #0
 __all__ = ['lower_is_better', 'trained_weights', 'BestWeights', 'chance', 'kept_in_words']
@@ -20,8 +20,7 @@ __all__ = ['lower_is_better', 'trained_weights', 'BestWeights', 'chance', 'kept_
 # %% ../../nbs/core/checkpoints.ipynb #32de2f10
 def lower_is_better(score: str) -> bool:
     """Return whether a smaller value of a dev score, such as `dev/perplexity` or `dev/json_field:intent`, is a success."""
-    metric, _, field = score.removeprefix("dev/").partition(":")
-    return Criterion(metric=metric, field=field or None).lower_is_better
+    return score.removeprefix("dev/").partition(":")[0] in LOWER_IS_BETTER
 
 
 def trained_weights(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:

@@ -178,13 +178,14 @@ def report(run_dir: Path) -> None:
 
 
 @app.command()
-def serve(target: str, host: str = "127.0.0.1", port: Annotated[int, typer.Option(min=1, max=65535)] = 8000) -> None:
+def serve(target: str, host: str = "127.0.0.1", port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+          engine: Annotated[str, typer.Option(help="reference, openvino or openvino-bf16")] = "reference") -> None:
     """Serve a run folder, models:/name@alias or model folder as a REST API; the token is read from $FINETUNE_ACCEL_TOKEN."""
     from finetune_accel.core.server import serve as serve_model
     from finetune_accel.core.targets import resolve_target
 
     folder, name = resolve_target(target)
-    serve_model(folder, name, host=host, port=port)
+    serve_model(folder, name, host=host, port=port, engine=engine)
 
 
 def main() -> None:

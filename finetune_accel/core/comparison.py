@@ -9,26 +9,30 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from transformers import AutoTokenizer
 
 from . import generate
-from .metrics import Criterion, of_answers
+from .answering import load_engine
+from .criteria import OF_CHOICES, OF_LABELS, Criterion, of_answers
 from .errors import BadInput
 from .kept_answers import KeptAnswers
 from .likelihood import log_likelihoods
-from .metrics import count_failed, score_all
+from .metrics import count_failed, label_of, measure_of, score_all
+from .multiple_choice import Choices, choose_items
 from .progress import progress
 from .prompting import asked_of_base, halves, nearest_rows
-from .statistics import Measure, perplexity_interval, perplexity_measure, score_rows, verdict_rows
+from .statistics import Measure, mean_measure, perplexity_measure, score_rows, verdict_rows
 
 # %% auto #0
-__all__ = ['CONTINUATION', 'LONGEST_CHAT_ANSWER', 'AT_ONCE', 'SHOWN_ANSWERS', 'Result', 'Answers', 'answer_limit',
-           'answer_those_with_room', 'ask', 'Likelihoods', 'read_items', 'read_by', 'dev_scorer', 'nearest_answers',
-           'classical_answers', 'item_scores', 'score_table', 'compare', 'write_answers', 'write_item_scores']
+__all__ = ['CONTINUATION', 'LONGEST_CHAT_ANSWER', 'AT_ONCE', 'SHOWN_ANSWERS', 'MOST_CLASSES', 'Result', 'Answers', 'answer_limit',
+           'answer_those_with_room', 'stops', 'ask', 'Likelihoods', 'read_items', 'read_by', 'dev_scorer',
+           'nearest_answers', 'classical_answers', 'measures', 'item_scores', 'goodness', 'score_table', 'compare',
+           'write_answers', 'write_item_scores']
 
 # %% ../../nbs/core/comparison.ipynb #8df264c7
 @dataclass
@@ -61,35 +65,43 @@ def answer_limit(tokenizer, train: list[dict], approach: str = "supervised") -> 
     return min(limit, LONGEST_CHAT_ANSWER) if approach == "chat" else limit
 
 # %% ../../nbs/core/comparison.ipynb #3d1abd57
-def answer_those_with_room(model, tokenizer, prompts: list[generate.Prompt], limit: int,
-                           progress: Callable[[int, int], None] | None = None) -> list[generate.Generation]:
-    """Return greedy answers in order; a prompt that leaves no room for `limit` tokens gets an empty one, finish "no room"."""
+def answer_those_with_room(answer: Callable[..., list[generate.Generation]], model, tokenizer, prompts: list[generate.Prompt], limit: int,
+                           **how) -> list[generate.Generation]:
+    """Return what `answer(prompts, limit, **how)` says, in order; a prompt that leaves no room gets an empty answer, finish "no room"."""
     lengths = [len(generate.encode(tokenizer, prompt, f"conversation {i}")) for i, prompt in enumerate(prompts)]
     fits = [length + limit <= generate.context_length(model) for length in lengths]
-    answers = iter(generate.generate(model, tokenizer, [p for p, fit in zip(prompts, fits) if fit], limit, progress=progress))
+    answers = iter(answer([p for p, fit in zip(prompts, fits) if fit], limit, **how))
     return [next(answers) if fit else generate.Generation("", length, 0, "no room", 0.0) for fit, length in zip(fits, lengths)]
 
 
 AT_ONCE = 256  # prompts between two times that answers are kept
 
 
-def ask(folder: Path, prompts: list[generate.Prompt], items: list[dict], limit: int, system: str, model: str,
-        approach: str, kept: KeptAnswers) -> Answers:
-    """Return the greedy answers, of at most `limit` tokens, of the model in `folder` by the reference engine (float32).
+def stops(folder: Path, train: list[dict]) -> list[str]:
+    """Return what ends an answer besides the end token: for a model without chat template the line's end, if training answers have one line.
+
+    Such a model goes on with texts and was never told to stop: what it writes below its answer is the next question of its own making.
+    """
+    taught = AutoTokenizer.from_pretrained(folder, local_files_only=True).chat_template
+    return [] if taught or any("\n" in row["response"].strip() for row in train) else ["\n"]
+
+
+def ask(folder: Path, prompts: list[generate.Prompt], items: list[dict], system: str, model: str, approach: str, kept: KeptAnswers) -> Answers:
+    """Return the greedy answers of the model in `folder`, with the limit, stops and engine that `kept` names.
 
     Prompts that are among those `kept` are not asked again.
     """
     missing = list({kept.key(prompt): prompt for prompt in prompts if kept.key(prompt) not in kept.known}.values())
     started = time.monotonic()
     if missing:
-        loaded, tokenizer = generate.load(folder)
+        engine = load_engine(kept.engine, folder)
         if approach != "continued_pretraining":
-            generate.ready_for_messages(tokenizer)
-        answer = generate.generate if approach == "supervised" else answer_those_with_room
+            generate.ready_for_messages(engine.tokenizer)
+        answer = engine.generate if approach == "supervised" else partial(answer_those_with_room, engine.generate, engine.model, engine.tokenizer)
         with progress(f"{system} answers", len(missing)) as report:
             for start in range(0, len(missing), AT_ONCE):
                 part = missing[start:start + AT_ONCE]
-                kept.keep(part, answer(loaded, tokenizer, part, limit, progress=lambda done, total: report(start + done)))
+                kept.keep(part, answer(part, kept.limit, stop=kept.stop, progress=lambda done, total: report(start + done)))
     generated = [kept.known[kept.key(prompt)] for prompt in prompts]
     return Answers(system, model, items, [g.text for g in generated], [g.finish_reason for g in generated],
                    round(time.monotonic() - started, 2), asked=len(missing))
@@ -144,15 +156,19 @@ def dev_scorer(tokenizer, items: list[dict], train: list[dict], form: dict, crit
     approach, answered = form["approach"], of_answers(criteria)
     shown = halves(items, SHOWN_ANSWERS) if approach == "continued_pretraining" else items[:SHOWN_ANSWERS]
     asked = items if answered else shown if on_answers else []
-    answer = generate.generate if approach == "supervised" else answer_those_with_room
     conversations = asked_of_base(asked, train, form, 0, seed=0)["base"] if asked else []
     limit = answer_limit(tokenizer, train, approach)
 
     def score(model, step: int) -> dict[str, float]:
-        texts = [g.text for g in answer(model, tokenizer, conversations, limit)] if asked else []
+        answer = partial(generate.generate, model, tokenizer)
+        answer = answer if approach == "supervised" else partial(answer_those_with_room, answer, model, tokenizer)
+        texts = [g.text for g in answer(conversations, limit)] if asked else []
         scores = score_all(answered, texts, [row["response"] for row in items]) if answered else {}
         values = {f"dev/{name}": float(np.mean(values)) for name, values in scores.items()}
-        if len(answered) < len(criteria):
+        if any(criterion.metric in OF_CHOICES for criterion in criteria):
+            chosen = item_scores(choose_items(model, tokenizer, items, train, "dev", "in training"), criteria)
+            values |= {f"dev/{name}": float(np.mean(scored)) for name, scored in chosen.items()}
+        if any(criterion.metric == "perplexity" for criterion in criteria):
             values["dev/perplexity"] = read_items(model, tokenizer, items, form["targets"], "dev", "in training").perplexity
         if on_answers:
             on_answers(step, [{"prompt": row["prompt"], "reference": row["response"], "answer": text} for row, text in zip(shown, texts)])
@@ -168,10 +184,14 @@ def nearest_answers(items: list[dict], train: list[dict]) -> Answers:
     return Answers("nearest", "TF-IDF", items, texts, ["stop"] * len(items), round(time.monotonic() - started, 2))
 
 # %% ../../nbs/core/comparison.ipynb #84eb6abe
+MOST_CLASSES = 200  # more, and what looks like a class is free text
+
+
 def classical_answers(items: list[dict], train: list[dict], criteria: list[Criterion]) -> Answers | None:
-    """Return the labels that TF-IDF and logistic regression find, or None where no criterion asks for the label alone."""
-    asked = next((c for c in criteria if c.metric == "json_field" and _labels_are(train, c.field)), None)
-    if asked is None or len({row["label"] for row in train}) < 2:
+    """Return the classes that TF-IDF and logistic regression find, or None where no criterion asks for a class alone or there is none."""
+    asked = [criterion for criterion in criteria if criterion.metric in OF_LABELS]
+    labels = [label_of(asked[0], row["response"]) for row in train] if asked else []
+    if None in labels or not 2 <= len(set(labels)) <= MOST_CLASSES:
         return None
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
@@ -179,63 +199,66 @@ def classical_answers(items: list[dict], train: list[dict], criteria: list[Crite
 
     started = time.monotonic()
     classifier = make_pipeline(TfidfVectorizer(analyzer="char_wb", ngram_range=(1, 4)), LogisticRegression(C=30, max_iter=1000))
-    classifier.fit([row["prompt"] for row in train], [row["label"] for row in train])
-    texts = [json.dumps({asked.field: label}) for label in classifier.predict([row["prompt"] for row in items])]
-    return Answers("classical", "TF-IDF + logistic regression", items, texts, ["stop"] * len(items),
-                   round(time.monotonic() - started, 2), (asked.name,))
+    classifier.fit([row["prompt"] for row in train], labels)
+    found, field = classifier.predict([row["prompt"] for row in items]).tolist(), asked[0].field
+    texts = [label if field is None else json.dumps({field: json.loads(label)} if label else {}) for label in found]
+    return Answers("classical", "TF-IDF + logistic regression", items, texts, ["stop"] * len(items), round(time.monotonic() - started, 2),
+                   tuple(criterion.name for criterion in asked if criterion.field == field))
+
+# %% ../../nbs/core/comparison.ipynb #eb6a0e3f
+Result = Answers | Likelihoods | Choices
 
 
-def _labels_are(train: list[dict], field: str) -> bool:
-    try:
-        return all(json.loads(row["response"]).get(field) == row["label"] for row in train[:200])
-    except (ValueError, AttributeError):
-        return False
-
-# %% ../../nbs/core/comparison.ipynb #db79d1a8
-Result = Answers | Likelihoods
+def measures(result: Result, criteria: list[Criterion]) -> dict[str, Measure]:
+    """Return {criterion: measure over all items} for the criteria that `result` can be scored on. Raises BadInput as `score_all` does."""
+    if isinstance(result, Choices):
+        return {c.name: mean_measure(result.scores[c.name], c.lower_is_better) for c in criteria if c.metric in OF_CHOICES}
+    if isinstance(result, Likelihoods):
+        return {c.name: perplexity_measure(result.surprise, result.tokens) for c in criteria if c.metric == "perplexity"}
+    references = [row["response"] for row in result.items]
+    return {c.name: measure_of(c, result.texts, references) for c in of_answers(criteria) if not result.criteria or c.name in result.criteria}
 
 
 def item_scores(result: Result, criteria: list[Criterion]) -> dict[str, np.ndarray]:
     """Return {criterion: one score an item} for the criteria that `result` can be scored on.
 
-    A score of answers lies in 0..1; that of perplexity is the item's mean negative log-likelihood a token, in nats.
+    A score of answers lies in 0..1, a Brier score in 0..2; that of perplexity is the item's mean negative log-likelihood a token, in nats.
     """
+    if isinstance(result, Choices):
+        return {c.name: result.scores[c.name] for c in criteria if c.metric in OF_CHOICES}
     if isinstance(result, Likelihoods):
         return {c.name: result.surprise / result.tokens for c in criteria if c.metric == "perplexity"}
-    if not of_answers(criteria):
-        return {}
-    scores = score_all(criteria, result.texts, [row["response"] for row in result.items])
-    return {name: values for name, values in scores.items() if not result.criteria or name in result.criteria}
+    scored = [c for c in of_answers(criteria) if not result.criteria or c.name in result.criteria]
+    return score_all(scored, result.texts, [row["response"] for row in result.items])
+
+
+def goodness(answers: Answers, criterion: Criterion) -> np.ndarray:
+    """Return one score an item in 0..1, more is better whatever the criterion."""
+    scores = item_scores(answers, [criterion])[criterion.name]
+    return 1 - scores if criterion.lower_is_better else scores
 
 
 def score_table(result: Result, criteria: list[Criterion]) -> list[dict]:
     """Return one row a criterion: system, model, criterion, value, low, high (95 %, clustered by group), n, failed."""
-    clusters, scores = [row["group"] for row in result.items], item_scores(result, criteria)
-    if isinstance(result, Answers):
-        return score_rows(result.system, result.model, scores, clusters, count_failed(result.texts))
-    interval = perplexity_interval(result.surprise, result.tokens, clusters)._asdict()
-    return [{"system": result.system, "model": result.model, "criterion": name, **interval, "n": len(result.items), "failed": 0}
-            for name in scores]
+    failed = count_failed(result.texts) if isinstance(result, Answers) else 0
+    return score_rows(result.system, result.model, measures(result, criteria), [row["group"] for row in result.items], failed)
 
-# %% ../../nbs/core/comparison.ipynb #59dc48ff
+# %% ../../nbs/core/comparison.ipynb #315ceec3
 def compare(results: list[Result], criteria: list[Criterion], seed: int, system: str = "tuned") -> list[dict]:
     """Return verdict rows (criterion, system, against, difference, low, high, p, verdict) of `system` against all others.
 
     All results that are scored are on the same items. The difference in perplexity is that of its log, in nats a token.
     """
-    scored: dict[str, dict[str, np.ndarray | Measure]] = {}
+    scored: dict[str, dict[str, Measure]] = {}
     for result in results:
-        if found := item_scores(result, criteria):
-            if isinstance(result, Likelihoods):  # longer texts count for more, as in the perplexity itself
-                found = dict.fromkeys(found, perplexity_measure(result.surprise, result.tokens))
+        if found := measures(result, criteria):
             scored.setdefault(result.system, {}).update(found)
             clusters = [row["group"] for row in result.items]
     comparisons = [(criterion.name, system, other) for criterion in criteria for other in scored
                    if other != system and criterion.name in scored[other]]
-    lower_is_better = [criterion.name for criterion in criteria if criterion.lower_is_better]
-    return verdict_rows(comparisons, scored, clusters, seed, lower_is_better) if scored else []
+    return verdict_rows(comparisons, scored, clusters, seed) if scored else []
 
-# %% ../../nbs/core/comparison.ipynb #f301703a
+# %% ../../nbs/core/comparison.ipynb #eb66bb49
 def write_answers(answers: list[Answers], path: Path) -> None:
     """Write one row an answer: system, model, id, group, messages (asked), prompt, response (expected), answer, finish.
 

@@ -19,7 +19,7 @@ import yaml
 from pydantic import Field
 
 from .errors import BadInput
-from .settings import PhaseSettings, StrictModel, holds_sources, own_fields, validate, write_parameters_cell
+from .settings import PhaseSettings, StrictModel, holds_sources, model_inside, own_fields, validate, write_parameters_cell
 from .sources import local_path, scheme
 
 # %% auto #0
@@ -121,6 +121,16 @@ def anchored(value: Any, folder: Path) -> Any:
     return f"{prefix}{beside.resolve()}{version or ''}" if found else value
 
 
+def _anchored_sources(section: dict, fields: dict, folder: Path) -> dict:
+    """Return `section` with the sources among its `fields` anchored, also those in mappings inside it."""
+    found = {}
+    for key, value in section.items():
+        inner = model_inside(fields[key])
+        found[key] = _anchored_sources(value, inner.model_fields, folder) if inner and isinstance(value, dict) else \
+            anchored(value, folder) if holds_sources(fields[key]) else value
+    return found
+
+
 @dataclass(frozen=True)
 class Engagement:
     """A checked engagement: the common settings and one validated settings object for each phase it has."""
@@ -203,7 +213,7 @@ def _check_section(phase: Phase, section: Any, common: CommonSettings, path: Pat
         if (field.json_schema_extra or {}).get("stated") and key not in section:
             raise BadInput(f"{place}: {phase.name}.{key}", f"is required: {field.description}", f"add `{key}: ...`, for "
                            f"example {json.dumps(field.default if isinstance(field.default, (str, int)) else '...')}")
-    return {key: anchored(value, path.parent) if holds_sources(fields[key]) else value for key, value in section.items()}
+    return _anchored_sources(section, fields, path.parent)
 
 
 def load_engagement(name_or_path: str, overrides: list[str] = ()) -> Engagement:

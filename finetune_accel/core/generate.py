@@ -22,9 +22,10 @@ from .errors import BadInput
 from .template import ControlTokens, control_tokens, plain_template, stop_at_end_of_turn, switch_thinking_off
 
 # %% auto #0
-__all__ = ['BATCH_SIZE', 'Prompt', 'WORTH_SHARING', 'SHARED', 'TOKENS_IN_FLIGHT', 'load_plain', 'pack_for_cpu', 'load',
+__all__ = ['BATCH_SIZE', 'Prompt', 'WORTH_SHARING', 'SHARED', 'TOKENS_IN_FLIGHT', 'ON_GPU', 'load_plain', 'pack_for_cpu', 'load',
            'ready_for_messages', 'encode', 'context_length', 'stop_ids', 'common_prefix', 'attend_shared', 'RoomyLayer',
-           'Sampling', 'next_tokens', 'Generation', 'check_room', 'generate']
+           'plain_layers', 'Sampling', 'next_tokens', 'left_padded', 'forward', 'Generation', 'inference', 'in_batches',
+           'check_room', 'encode_all', 'ends_answer', 'finished', 'generate']
 
 # %% ../../nbs/core/generate.ipynb #4c7ff5cc
 BATCH_SIZE = 32
@@ -199,7 +200,7 @@ class RoomyLayer(DynamicLayer):
         self._show()
 
 
-def _plain_layers(model: Any) -> int:
+def plain_layers(model: Any) -> int:
     """Return the number of layers if all of them keep every token's keys and values, else 0."""
     layers = DynamicCache(config=model.config).layers
     return len(layers) if all(type(layer) is DynamicLayer for layer in layers) else 0
@@ -207,7 +208,7 @@ def _plain_layers(model: Any) -> int:
 
 def _cache(model: Any, room: int) -> DynamicCache:
     cache = DynamicCache(config=model.config)
-    if count := _plain_layers(model):
+    if count := plain_layers(model):
         cache.layers = [RoomyLayer(room) for _ in range(count)]
     return cache
 
@@ -215,7 +216,7 @@ def _cache(model: Any, room: int) -> DynamicCache:
 @contextmanager
 def _sharing(model: Any, prompts: list[list[int]]) -> Iterator[Optional[DynamicCache]]:
     """Yield the keys and values of what all `prompts` share, and let `model` attend to them; else None."""
-    able = getattr(model, "_supports_attention_backend", False) and _plain_layers(model)
+    able = getattr(model, "_supports_attention_backend", False) and plain_layers(model)
     shared = common_prefix(prompts) if able else 0
     if not shared:
         yield None
@@ -259,7 +260,7 @@ def next_tokens(logits: torch.Tensor, how: Sampling, generators: list[torch.Gene
     return [order[row, column].item() for row, column in enumerate(drawn)]
 
 # %% ../../nbs/core/generate.ipynb #859c60dc
-def _left_padded(prompts: list[list[int]], shared: int, device: Any) -> tuple[torch.Tensor, ...]:
+def left_padded(prompts: list[list[int]], shared: int, device: Any) -> tuple[torch.Tensor, ...]:
     """Return ids, mask and positions, each (rows, own tokens), of what follows the first `shared` tokens."""
     width = max(map(len, prompts)) - shared
     ids = torch.zeros(len(prompts), width, dtype=torch.long)
@@ -271,7 +272,7 @@ def _left_padded(prompts: list[list[int]], shared: int, device: Any) -> tuple[to
     return ids.to(device), mask.to(device), positions.to(device)
 
 
-def _forward(model: Any, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: DynamicCache,
+def forward(model: Any, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: DynamicCache,
              prefix: Optional[DynamicCache]) -> torch.Tensor:
     """Return the logits (rows, vocabulary) of what comes after `ids`."""
     extra = {}
@@ -287,12 +288,12 @@ def _decode_batch(model: Any, prompts: list[list[int]], prefix: Optional[Dynamic
                   how: Sampling, ended: Callable[[list[int]], bool]) -> list[tuple[list[int], bool, float]]:
     """Return (new tokens, ended by itself, seconds since the batch began) for each of `prompts`."""
     started = time.perf_counter()
-    ids, mask, positions = _left_padded(prompts, prefix.get_seq_length() if prefix else 0, model.device)
+    ids, mask, positions = left_padded(prompts, prefix.get_seq_length() if prefix else 0, model.device)
     cache = _cache(model, mask.shape[1] + max_new_tokens)
     results: list = [([], False, 0.0) for _ in prompts]
     alive, generators = list(range(len(prompts))), how.generators(len(prompts))
     for _ in range(max_new_tokens):
-        logits = _forward(model, ids, mask, positions, cache, prefix)
+        logits = forward(model, ids, mask, positions, cache, prefix)
         tokens = next_tokens(logits, how, [generators[row] for row in alive] if generators else [])
         for row, token in zip(alive, tokens):
             written, over, _seconds = results[row]
@@ -323,7 +324,7 @@ class Generation:
 
 
 @contextmanager
-def _inference(model: Any) -> Iterator[None]:
+def inference(model: Any) -> Iterator[None]:
     """Switch dropout and gradients off, and give the model back as it was: training calls between steps."""
     was_training = model.training
     model.eval()
@@ -335,9 +336,10 @@ def _inference(model: Any) -> Iterator[None]:
 
 
 TOKENS_IN_FLIGHT = 32_768  # rows x (prompt + answer) of a batch: bounds the memory of keys and values
+ON_GPU = 4  # times as many rows share a batch there: a step costs the same for 32 rows as for 128
 
 
-def _batches(lengths: list[int], max_new_tokens: int, batch_size: int) -> list[list[int]]:
+def in_batches(lengths: list[int], max_new_tokens: int, batch_size: int) -> list[list[int]]:
     """Return row numbers in batches, longest prompts first, so that too little memory shows at the start."""
     batches: list[list[int]] = []
     for row in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -356,8 +358,24 @@ def check_room(model: Any, prompt: list[int], max_new_tokens: int, place: str) -
                        f"model's context of {context}", "shorten the prompt or ask for a shorter answer")
 
 # %% ../../nbs/core/generate.ipynb #602c7d0a
-def _generation(tokenizer: Any, prompt: list[int], decoded: tuple, ends: set[int],
-                stop: list[str]) -> Generation:
+def encode_all(model: Any, tokenizer: Any, conversations: list[Prompt], max_new_tokens: int) -> list[list[int]]:
+    """Return the token ids of all `conversations`. Raises BadInput, naming the first that cannot be answered."""
+    prompts = [encode(tokenizer, c, f"conversation {i}") for i, c in enumerate(conversations)]
+    for number, prompt in enumerate(prompts):
+        check_room(model, prompt, max_new_tokens, f"conversation {number}")
+    return prompts
+
+
+def ends_answer(tokenizer: Any, ends: set[int], stop: Optional[list[str]]) -> Callable[[list[int]], bool]:
+    """Return what says whether the tokens written so far end an answer: with an end token or one of the texts `stop`."""
+    def ended(tokens: list[int]) -> bool:
+        return tokens[-1] in ends or bool(stop) and any(s in tokenizer.decode(tokens) for s in stop)
+
+    return ended
+
+
+def finished(tokenizer: Any, prompt: list[int], decoded: tuple, ends: set[int], stop: list[str]) -> Generation:
+    """Return the answer to `prompt` that `decoded` (new tokens, ended by itself, seconds) spells, cut before a text of `stop`."""
     tokens, by_itself, seconds = decoded
     text = tokenizer.decode(tokens[:-1] if tokens[-1] in ends else tokens, skip_special_tokens=True,
                             clean_up_tokenization_spaces=False)
@@ -366,31 +384,33 @@ def _generation(tokenizer: Any, prompt: list[int], decoded: tuple, ends: set[int
 
 
 def generate(model: Any, tokenizer: Any, conversations: list[Prompt], max_new_tokens: int,
-             batch_size: int = BATCH_SIZE, sampling: Sampling = Sampling(), stop: Optional[list[str]] = None,
+             batch_size: Optional[int] = None, sampling: Sampling = Sampling(), stop: Optional[list[str]] = None,
              progress: Optional[Callable[[int, int], None]] = None) -> list[Generation]:
     """Answer each of `conversations`, or go on with each text among them; return the answers in the same order.
 
     `model` is any causal language model in memory, in any dtype, also one that is being trained. `stop` lists
-    texts that end an answer and are not part of it. `progress(done, total)` is called after each batch.
+    texts that end an answer and are not part of it. `batch_size` None is BATCH_SIZE, on a GPU ON_GPU times that. `progress(done, total)` is
+    called after each batch.
     Raises BadInput for a prompt that does not fit the context or holds control tokens.
     """
     prompts = [encode(tokenizer, c, f"conversation {i}") for i, c in enumerate(conversations)]
     for number, prompt in enumerate(prompts):
         check_room(model, prompt, max_new_tokens, f"conversation {number}")
     ends, stop = stop_ids(model, tokenizer), stop or []
+    batch_size = batch_size or BATCH_SIZE * (1 if model.device.type == "cpu" else ON_GPU)
 
     def ended(tokens: list[int]) -> bool:
         return tokens[-1] in ends or bool(stop) and any(s in tokenizer.decode(tokens) for s in stop)
 
     results: list = [None] * len(prompts)
-    with _inference(model), _sharing(model, prompts) as prefix:
+    with inference(model), _sharing(model, prompts) as prefix:
         done = 0
         shared = prefix.get_seq_length() if prefix else 0
-        for rows in _batches([len(prompt) - shared for prompt in prompts], max_new_tokens, batch_size):
+        for rows in in_batches([len(prompt) - shared for prompt in prompts], max_new_tokens, batch_size):
             batch = [prompts[row] for row in rows]
             decoded = _decode_batch(model, batch, prefix, max_new_tokens, sampling, ended)
             for row, one in zip(rows, decoded):
-                results[row] = _generation(tokenizer, prompts[row], one, ends, stop)
+                results[row] = finished(tokenizer, prompts[row], one, ends, stop)
             done += len(rows)
             if progress:
                 progress(done, len(prompts))

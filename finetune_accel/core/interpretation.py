@@ -12,10 +12,10 @@ from .degenerate import Finding
 from .slices import proven_worse
 
 # %% auto #0
-__all__ = ['PERPLEXITY', 'SYSTEMS', 'USELESS', 'MOST_SENTENCES', 'criterion_sentence', 'verdict_paragraph']
+__all__ = ['PERPLEXITY', 'BRIER', 'SYSTEMS', 'USELESS', 'MOST_SENTENCES', 'criterion_sentence', 'verdict_paragraph']
 
 # %% ../../nbs/core/interpretation.ipynb #b252fa1b
-PERPLEXITY = "perplexity"
+PERPLEXITY, BRIER = "perplexity", "brier"
 SYSTEMS = {"base": "the untuned model", "base+K": "the untuned model with examples in its prompt",
            "base+K nearest": "the untuned model with the nearest training examples in its prompt",
            "nearest": "copying the answer of the nearest training example", "classical": "a classical classifier", "tuned": "the tuned model"}
@@ -35,7 +35,7 @@ def _criterion(name: str) -> str:
 
 
 def _amount(value: float, name: str) -> str:
-    return f"{value:.2f}" if name == PERPLEXITY else f"{100 * value:.0f} %"
+    return f"{value:.2f}" if name in (PERPLEXITY, BRIER) else f"{100 * value:.0f} %"
 
 
 def _points(value: float) -> str:
@@ -49,6 +49,8 @@ def _gap(row: dict) -> str:
     if row["criterion"] == PERPLEXITY:
         low, high = sorted(100 * math.expm1(end) for end in ends)
         return f"{100 * math.expm1(row['difference']):+.0f} % against {against} ({low:+.0f} % to {high:+.0f} %)"
+    if row["criterion"] == BRIER:
+        return f"{row['difference']:+.2f} against {against} ({row['low']:+.2f} to {row['high']:+.2f})"
     word = "more" if row["difference"] >= 0 else "fewer"
     low, high = (100 * end for end in ends)
     return f"{_points(row['difference'])} {word} than {against} ({low:+.0f} to {high:+.0f})"
@@ -148,6 +150,11 @@ def _criteria(met: Sequence[dict], verdicts: Sequence[dict], room: int) -> list[
     return [*(criterion_sentence(row, verdicts) for row in ranked[:room - 1]), f"{named[:1].upper()}{named[1:]}."]
 
 
+def _compared(systems: Sequence[str]) -> str:
+    """Name one or two systems; of more, how many: the table beside the paragraph lists them."""
+    return f"{len(systems)} other ways to answer" if len(systems) > 2 else _list([_system(system) for system in systems]) or "nothing else"
+
+
 def verdict_paragraph(name: str, met: Sequence[dict], scores: Sequence[dict], verdicts: Sequence[dict], findings: Sequence[Finding] = (),
                       slices: Sequence[dict] = (), groups: int = 0) -> str:
     """Return five to eight plain sentences about a result.
@@ -159,7 +166,7 @@ def verdict_paragraph(name: str, met: Sequence[dict], scores: Sequence[dict], ve
     outcome = f"{count if count else 'none'} of {len(met)} success criteria {'is' if count <= 1 else 'are'} met"
     items, others = max(row["n"] for row in scores), [s for s in dict.fromkeys(row["system"] for row in scores) if s != "tuned"]
     among = f" from {groups} groups of similar ones" if groups else ""
-    start = [*_degenerate(findings), f"{name}: the tuned model was compared with {_list([_system(s) for s in others]) or 'nothing else'} "
+    start = [*_degenerate(findings), f"{name}: the tuned model was compared with {_compared(others)} "
                                      f"on the same {items} test items{among}; {outcome}."]
     end = [_open(verdicts), _worst_slice(slices), _next(met, verdicts, findings, slices)]
     if stronger := _stronger(verdicts):

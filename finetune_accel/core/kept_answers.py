@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -17,12 +18,16 @@ __all__ = ['KeptAnswers']
 
 # %% ../../nbs/core/kept_answers.ipynb #612a903d
 class KeptAnswers:
-    """The answers that one model has given with one limit, in a JSONL file of `folder`; `model` is the digest of its files."""
+    """The answers that one model has given with one limit on one engine, in a JSONL file of `folder`; `model` is the digest of its files.
 
-    def __init__(self, folder: Path, model: str, limit: int):
+    `stop` lists texts that end an answer, besides the model's own end token.
+    """
+
+    def __init__(self, folder: Path, model: str, limit: int, engine: str = "reference", stop: Sequence[str] = ()):
+        self.folder, self.model, self.limit, self.engine, self.stop = folder, model, limit, engine, list(stop)
         folder.mkdir(parents=True, exist_ok=True)
-        engine = hashlib.sha256(Path(generate.__file__).read_bytes()).hexdigest()
-        self.made_by = json.dumps([model, limit, engine])
+        code = hashlib.sha256(Path(generate.__file__).read_bytes()).hexdigest()
+        self.made_by = json.dumps([model, limit, code, engine, self.stop])
         self.path = folder / f"{hashlib.sha256(self.made_by.encode()).hexdigest()[:16]}.jsonl"
         self.known: dict[str, generate.Generation] = {}
         for line in self.path.read_text().splitlines() if self.path.exists() else []:
@@ -32,6 +37,10 @@ class KeptAnswers:
                 continue
             key = entry.pop("key")
             self.known[key] = generate.Generation(**entry)
+
+    def by(self, engine: str) -> KeptAnswers:
+        """Return the answers of the same model by another engine."""
+        return KeptAnswers(self.folder, self.model, self.limit, engine, self.stop)
 
     def key(self, prompt: generate.Prompt) -> str:
         """Return what an answer to `prompt` is kept under."""

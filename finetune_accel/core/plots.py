@@ -11,6 +11,8 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from .criteria import titled
+
 plt.rcParams["svg.fonttype"] = "none"  # text stays text in an SVG: it can be searched and read aloud
 plt.rcParams["svg.hashsalt"] = "finetune-accel"  # the same figure is the same file
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377")  # Tol's palette, distinct to most eyes
@@ -25,7 +27,7 @@ def save_svg(figure: Figure, path: Path) -> None:
     plt.close(figure)
 
 # %% ../../nbs/core/plots.ipynb #98d41f7a
-PERPLEXITY = "perplexity"  # the one criterion that is no share of right answers, and whose lower values are better
+PERPLEXITY = "perplexity"  # the one criterion that has no largest value
 
 
 def _draw_criteria(panel: Axes, history: list[dict], criteria: list[str]) -> None:
@@ -78,10 +80,8 @@ def score_bars(scores: list[dict], criteria: list[str]) -> Figure:
                 panel.barh(place, row["value"], color=COLOURS[1] if system == "tuned" else COLOURS[0], xerr=spread, capsize=3, height=0.6)
             else:
                 panel.text(0.02, place, "not asked of it", va="center", fontsize=8, color="#666666", transform=panel.get_yaxis_transform())
-        title, end = criterion, 1.02
-        if criterion == PERPLEXITY:
-            title, end = f"{criterion} (lower is better)", 1.05 * max(row["high"] for row in rows.values())
-        panel.set(title=title, xlim=(0, end), yticks=range(len(systems)), yticklabels=systems)
+        end = 1.05 * max(row["high"] for row in rows.values()) if criterion == PERPLEXITY else 2.04 if criterion == "brier" else 1.02
+        panel.set(title=titled(criterion), xlim=(0, end), yticks=range(len(systems)), yticklabels=systems)
         panel.invert_yaxis() if panel is panels[0][0] else None
     figure.tight_layout()
     return figure

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined, UndefinedError
 
+from .criteria import LOWER_IS_BETTER, titled
 from .errors import BadInput
 from .runs import RunFolder
 from .secrets import redact
@@ -30,15 +31,14 @@ def score_lines(scores: list[dict]) -> list[list[str]]:
     def cell(row: dict | None) -> str:
         return f"{row['value']:.3f} [{row['low']:.3f}, {row['high']:.3f}]" if row else "-"
 
-    header = [f"{c} (lower is better)" if c == "perplexity" else c for c in criteria]
-    return [["system", *header], *([system, *(cell(found.get((system, model, c))) for c in criteria)] for system, model in systems)]
+    return [["system", *(titled(criterion) for criterion in criteria)], *([system, *(cell(found.get((system, model, c))) for c in criteria)] for system, model in systems)]
 
 
 def _threshold(met: dict) -> str:
-    """Say what was asked of the interval: that it starts at the threshold or above, or for perplexity ends below it."""
+    """Say what was asked of the interval: that it starts at the threshold or above, or where lower is better ends below it."""
     if met.get("at_most") is not None:
         return f"at most {met['at_most']} was asked and the interval ends at {met['high']:.3f}"
-    if met["at_least"] is not None:
+    if met.get("at_least") is not None:
         return f"at least {met['at_least']} was asked and the interval starts at {met['low']:.3f}"
     return "no threshold was set"
 
@@ -46,7 +46,8 @@ def _threshold(met: dict) -> str:
 def _comparison(against: dict) -> str:
     """Say how the tuned model compares with the baseline that it was to beat."""
     words = {"better": "better than", "worse": "worse than", "not proven": "not proven to differ from"}
-    unit = ", as log per token (lower is better)" if against["criterion"] == "perplexity" else ""
+    lower = " (lower is better)" if against["criterion"] in LOWER_IS_BETTER else ""
+    unit = f", as log per token{lower}" if against["criterion"] == "perplexity" else lower
     return f"{words[against['verdict']]} {against['against']}: {against['difference']:+.3f} [{against['low']:+.3f}, {against['high']:+.3f}]{unit}"
 
 
@@ -81,7 +82,9 @@ def not_shown(results: dict[str, dict]) -> list[str]:
         said += [f"{v['criterion']}: {v['against']} is better than the tuned model." for v in evaluated["verdicts"] if v["verdict"] == "worse"]
         if evaluated["test_openings"] > 1:
             said.append(f"The test split was opened {evaluated['test_openings']} times: the more often, the less its figures prove.")
-        said.append("Whether the model forgot general abilities, repeats training rows or treats groups of people differently was not measured.")
+        unknown = [what for what, found in (("forgot general knowledge", evaluated.get("forgetting")), ("repeats secrets of its training rows",
+                                            evaluated.get("memorisation")), ("treats groups of people differently", None)) if not found]
+        said.append(f"Whether the model {', '.join(unknown[:-1])}{' or ' if unknown[1:] else ''}{unknown[-1]} was not measured.")
     if not results.get("train", {}).get("registered") and "train" in results:
         said.append("The model is not registered: the MLflow store could not be reached.")
     said.append("Nothing here ran on a Databricks workspace, and no load or security test of the service was made.")
@@ -127,7 +130,8 @@ def write_report(run: RunFolder) -> Path:
     pictures = {"lengths": _picture(run, "prepare/lengths.svg", "Histogram of row lengths in tokens"),
                 "training": _picture(run, "train/training.svg", "Training loss and dev scores over steps"),
                 "scores": _picture(run, "evaluate/scores.svg", "Scores of all systems with 95 percent intervals"),
-                "slices": _picture(run, "evaluate/slices.svg", "Differences in score by slice with 95 percent intervals")}
+                "slices": _picture(run, "evaluate/slices.svg", "Differences in score by slice with 95 percent intervals"),
+                "cost": _picture(run, "evaluate/cost.svg", "Cost of a month over its requests")}
     evaluated = results.get("evaluate")
     facts = dict(
         name=run.path.name, microscope=microscope, results=every, done=results, pictures=pictures, lineage=lineage(results), not_shown=not_shown(results),

@@ -25,8 +25,9 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 from starlette.exceptions import HTTPException
 
 from .. import __version__
+from .answering import load_engine
 from .errors import BadInput
-from .generate import Generation, Sampling, check_room, context_length, encode, generate, load
+from .generate import Generation, Sampling, check_room, context_length, encode
 from .generate import Prompt as GenerationPrompt
 from .settings import StrictModel
 
@@ -263,19 +264,18 @@ class Gate:
 class Engine:
     """One model behind one thread and a bounded queue."""
 
-    def __init__(self, model_dir: str | Path, waiting: int):
-        self.model, self.tokenizer = load(model_dir)
+    def __init__(self, model_dir: str | Path, waiting: int, engine: str):
+        self.engine = load_engine(engine, model_dir)
         self.waiting, self.pending = waiting, 0
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
 
     def answer(self, asked: list[GenerationPrompt], wanted: Decoding, place: str) -> list[Generation]:
         """Generate in the engine's thread. Raises BadInput for what does not fit the context."""
-        prompts = [encode(self.tokenizer, one, place) for one in asked]
-        length = wanted.length(max(context_length(self.model) - max(map(len, prompts)), 1))
+        prompts = [encode(self.engine.tokenizer, one, place) for one in asked]
+        length = wanted.length(max(context_length(self.engine.model) - max(map(len, prompts)), 1))
         for prompt in prompts:
-            check_room(self.model, prompt, length, place)
-        return generate(self.model, self.tokenizer, asked, length, sampling=wanted.sampling(),
-                        stop=wanted.stops())
+            check_room(self.engine.model, prompt, length, place)
+        return self.engine.generate(asked, length, sampling=wanted.sampling(), stop=wanted.stops())
 
     async def ask(self, asked: list[GenerationPrompt], wanted: Decoding, place: str) -> list[Generation]:
         """Wait for the answers. Raises Refused: 429 for a full queue, 400 for what cannot be answered."""
@@ -393,16 +393,16 @@ def _error_handlers(app: FastAPI) -> None:
 
 
 def create_app(model_dir: str | Path, model_name: str, token: Optional[str] = None,
-               waiting: int = 16) -> FastAPI:
-    """Load the model and return the application.
+               waiting: int = 16, engine: str = "reference") -> FastAPI:
+    """Load the model into an engine of `core.answering` and return the application.
 
     `token` is asked of every request but probes; at most `waiting` requests wait while one is answered.
     Raises BadInput for a model folder that cannot be loaded.
     """
-    engine = Engine(model_dir, waiting)
+    queue = Engine(model_dir, waiting, engine)
     title = f"{model_name} served by finetune-accel"
     app = FastAPI(title=title, version=__version__, docs_url=None, redoc_url=None)
-    _generation_routes(app, engine, model_name)
+    _generation_routes(app, queue, model_name)
     _description_routes(app, model_name)
     _error_handlers(app)
     app.add_middleware(Gate, token=token)
@@ -434,7 +434,7 @@ def _bound_socket(host: str, port: int) -> socket.socket:
 
 
 def serve(model_dir: str | Path, model_name: str, host: str = "127.0.0.1", port: int = 8000,
-          token: Optional[str] = None) -> None:
+          token: Optional[str] = None, engine: str = "reference") -> None:
     """Serve the model until SIGTERM or Ctrl-C; requests under way are finished first (at most 30 s).
 
     Raises BadInput for a model folder that cannot be loaded, a taken port, and a host beyond this machine
@@ -445,7 +445,7 @@ def serve(model_dir: str | Path, model_name: str, host: str = "127.0.0.1", port:
         raise BadInput(f"serve host {host}", "can be reached from other machines, so a token is required",
                        f"set {TOKEN_VARIABLE}, or serve on 127.0.0.1")
     bound = _bound_socket(host, port)
-    app = create_app(model_dir, model_name, token)
+    app = create_app(model_dir, model_name, token, engine=engine)
     config = uvicorn.Config(app, http="h11", timeout_graceful_shutdown=30, limit_concurrency=512,
                             server_header=False)
     print(f"{model_name} answers on http://{host}:{bound.getsockname()[1]}/v1", flush=True)

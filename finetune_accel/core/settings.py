@@ -24,8 +24,8 @@ from .sources import KNOWN_PACKAGES, TERMS, hub_revision, package_pin, scheme
 
 # %% auto #0
 __all__ = ['SafePath', 'Source', 'COMMON_FIELDS', 'RULES', 'StrictModel', 'stated', 'terms_of', 'PhaseSettings', 'holds_sources',
-           'own_fields', 'explain', 'refuse_secrets', 'validate', 'parameters_cell', 'write_parameters_cell',
-           'settings_from_cell']
+           'model_inside', 'own_fields', 'explain', 'refuse_secrets', 'validate', 'parameters_cell',
+           'write_parameters_cell', 'settings_from_cell']
 
 # %% ../../nbs/core/settings.ipynb #183f9032
 class StrictModel(BaseModel):
@@ -93,6 +93,11 @@ class PhaseSettings(StrictModel):
 def holds_sources(field: Any) -> bool:
     """Return whether a pydantic field is a `Source` or a list of them."""
     return any(isinstance(part, AfterValidator) and part.func is _pinned for part in [*field.metadata, *_walk(field.annotation)])
+
+
+def model_inside(field: Any) -> type[BaseModel] | None:
+    """Return the model that a pydantic field holds, None if it holds a plain value."""
+    return next((part for part in _walk(field.annotation) if isinstance(part, type) and issubclass(part, BaseModel)), None)
 
 
 def _walk(annotation: Any) -> list:

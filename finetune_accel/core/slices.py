@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+from scipy.special import stdtrit
 
 from .errors import BadInput
 from .statistics import CHUNK, CONFIDENCE, RESAMPLES, Interval, mean_interval, verdict
@@ -84,15 +85,16 @@ def most_extreme_p(sums: np.ndarray, seed: int) -> np.ndarray:
     return (1 + reached) / (1 + RESAMPLES)
 
 
-def _gaps(sums: np.ndarray, counts: np.ndarray, seed: int) -> list[Interval]:
-    """Return each slice's mean difference with its percentile interval, clusters drawn again for all slices at once."""
-    random, share, means = np.random.default_rng(seed), np.full(len(sums), 1 / len(sums)), []
-    for _ in range(RESAMPLES // CHUNK):
-        draws = random.multinomial(len(sums), share, size=CHUNK)
-        drawn = draws @ counts
-        means.append(np.divide(draws @ sums, drawn, out=np.full(drawn.shape, np.nan), where=drawn > 0))
-    low, high = np.nanquantile(np.concatenate(means), [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2], axis=0)
-    return [Interval(*map(float, gap)) for gap in zip(sums.sum(axis=0) / counts.sum(axis=0), low, high)]
+def _gaps(sums: np.ndarray, counts: np.ndarray) -> list[Interval]:
+    """Return each slice's mean difference with Student's interval, from sums and counts by cluster, each (clusters, slices).
+
+    The error is that of a ratio of totals over the slice's own clusters (Cochran 1977, section 6.4), wide where they are few.
+    """
+    groups, items = (counts > 0).sum(axis=0), counts.sum(axis=0)
+    gaps = sums.sum(axis=0) / items
+    errors = np.sqrt(groups / (groups - 1) * ((sums - gaps * counts) ** 2).sum(axis=0)) / items
+    half = stdtrit(groups - 1, 0.5 + CONFIDENCE / 2) * errors
+    return [Interval(float(gap), max(float(gap - far), -1.0), min(float(gap + far), 1.0)) for gap, far in zip(gaps, half)]
 
 # %% ../../nbs/core/slices.ipynb #35cfd363
 FEWEST_GROUPS = 6
@@ -116,8 +118,7 @@ def slice_table(items: Sequence[dict], clusters: Sequence, ours: np.ndarray, the
              "difference": float((ours - theirs)[mask].mean()), "low": None, "high": None, "p": None, "verdict": TOO_FEW}
             for (name, mask), many in zip(found.items(), groups)]
     if len(judged := np.flatnonzero(groups >= FEWEST_GROUPS)):
-        gaps, p_values = _gaps(sums[:, judged], counts[:, judged], seed), most_extreme_p(sums[:, judged], seed)
-        for at, gap, p in zip(judged, gaps, p_values.tolist()):
+        for at, gap, p in zip(judged, _gaps(sums[:, judged], counts[:, judged]), most_extreme_p(sums[:, judged], seed).tolist()):
             rows[at] |= {"low": gap.low, "high": gap.high, "p": p, "verdict": verdict(gap, p, lower_is_better)}
     return sorted(rows, key=lambda row: (row["verdict"] == TOO_FEW, -row["difference"] if lower_is_better else row["difference"]))
 
