@@ -88,6 +88,7 @@ def test_everything_at_once(workspace, judge):
     assert ("classical", "macro_f1") in scored and ("base", "brier") in scored and ("nearest", "choice") not in scored
     assert {proof["verdict"] for proof in evaluated["engines"].values()} == {"exact"} and set(evaluated["engines"]) == {"base", "tuned"}
     assert evaluated["memorisation"] and evaluated["forgetting"]["texts"] == 4 and set(evaluated["calibration"]) == {"base", "tuned"}
+    assert evaluated["answering"]["dtype"] == "float32" and len(evaluated["answering"]["template_sha256"]["tuned"]) == 64
     assert evaluated["cost"]["training"] > 0 and "cost.svg" in evaluated["outputs"]
     assert [row["against"] for row in evaluated["judge"]] == ["base", "nearest"] and all(row["verdict"] == "not proven" for row in evaluated["judge"])
     assert json.loads((folder / "train.json").read_text())["planted"] == {"canaries": 6, "rows": 15}

@@ -5,16 +5,19 @@
 # %% ../../nbs/core/answering.ipynb #f873fa38
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
+
+from transformers import AutoTokenizer
 
 from . import generate
 from .errors import BadInput
 from .generate import Generation, Prompt, Sampling
 
 # %% auto #0
-__all__ = ['ENGINES', 'Engine', 'Reference', 'load_engine']
+__all__ = ['ENGINES', 'Engine', 'Reference', 'load_engine', 'how_answered']
 
 # %% ../../nbs/core/answering.ipynb #1afbaec4
 class Engine(Protocol):
@@ -56,3 +59,10 @@ def load_engine(name: str, model_dir: str | Path) -> Engine:
         from finetune_accel.core.openvino_engine import OpenVINO
         return OpenVINO(model_dir, "bfloat16" if half else "float32")
     return Reference(model_dir)
+
+# %% ../../nbs/core/answering.ipynb #f1fdb984
+def how_answered(engine: str, models: dict[str, str | Path]) -> dict:
+    """Return {engine, dtype, decoding, batch_size, template_sha256: {system: digest, None without a template}}, for the folders `models`."""
+    templates = {system: AutoTokenizer.from_pretrained(folder, local_files_only=True).chat_template for system, folder in models.items()}
+    return {"engine": engine, "dtype": "bfloat16" if engine.endswith("bf16") else "float32", "decoding": "greedy", "batch_size": generate.BATCH_SIZE,
+            "template_sha256": {system: template and hashlib.sha256(template.encode()).hexdigest() for system, template in templates.items()}}
