@@ -82,6 +82,7 @@ def test_everything_at_once(workspace, judge):
     pytest.importorskip("openvino_genai")
     # a random model that saw 400 rows once meets some criteria and not others: exit 1
     output = finetune_accel("run", "mine.yaml", "--run-dir", workspace / "run", cwd=workspace, code=1)
+    assert "criteria not met: " in output and "NOT MET  normalised_match" in output
     evaluated, folder = json.loads((workspace / "run/evaluate.json").read_text()), workspace / "run"
     scored = {(row["system"], row["criterion"]) for row in evaluated["scores"]}
     assert {("tuned", name) for name in ("macro_f1", "choice", "choice_normalised", "brier", "perplexity", "refusal", "normalised_match")} <= scored
