@@ -99,8 +99,10 @@ def _in_words(gap: tuple[float, float, float], verdict: str, texts: int, limit: 
     """Say what a rise of `gap` (value, low, high) nats a token means: how much less likely the right next token became."""
     change, high, low = (f"{100 * math.expm1(-nats) + 0.0:+.1f} %" for nats in gap)
     says = {"forgets": "The tuned model forgot general knowledge", "not proven": "Whether the tuned model forgot general knowledge is not proven"}
+    advice = " Where the model only does this task that need not matter; else train at a lower rate or for fewer steps, or mix in general texts."
     return (f"{says.get(verdict, 'The tuned model kept its general knowledge')}: on {texts} texts from outside the domain the probability of the "
-            f"right next token changed by {change} ({low} to {high}), and {100 * math.expm1(-limit):+.1f} % is the limit.")
+            f"right next token changed by {change} ({low} to {high}), and {100 * math.expm1(-limit):+.1f} % is the limit."
+            f"{advice if verdict == 'forgets' else ''}")
 
 
 def forgetting(base: Likelihoods, tuned: Likelihoods, seed: int, limit: float = FORGETS) -> dict:
