@@ -79,7 +79,6 @@ def workspace(tmp_path_factory, judge):
 
 
 def test_everything_at_once(workspace, judge):
-    pytest.importorskip("openvino_genai")
     # a random model that saw 400 rows once meets some criteria and not others: exit 1
     output = finetune_accel("run", "mine.yaml", "--run-dir", workspace / "run", cwd=workspace, code=1)
     assert "criteria not met: " in output and "NOT MET  normalised_match" in output
@@ -106,7 +105,6 @@ def test_everything_at_once(workspace, judge):
 
 
 def test_what_people_said_is_read_and_nothing_is_asked_again(workspace, judge):
-    pytest.importorskip("openvino_genai")
     (sheet,) = (workspace / "run/evaluate").glob("*/to_label.csv")
     rows = list(csv.DictReader(sheet.open(encoding="utf-8-sig")))
     with open(workspace / "people.csv", "w", newline="") as file:

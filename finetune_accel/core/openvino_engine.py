@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import random
+import sys
 import tempfile
 import time
 import warnings
@@ -29,6 +30,8 @@ from .errors import BadInput
 from .generate import Generation, Prompt, Sampling
 from .sources import cache_dir, tree_digest
 from .template import stop_at_end_of_turn, switch_thinking_off
+
+sys.modules.setdefault("openvino_telemetry", None)  # else each conversion is reported to Google Analytics unless its user has objected
 
 # %% auto #0
 __all__ = ['TOKENS', 'GRAPH', 'ROWS', 'PROMPT_TOKENS', 'PRECISE', 'HALF', 'Step', 'traced', 'make_stateful', 'converted',
