@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Optional
 
 import numpy as np
 
@@ -31,18 +32,21 @@ def overall_scores(answers: Answers, criteria: Sequence[Criterion]) -> np.ndarra
 WAITED_FOR = 10  # prompts
 
 
-def latency(folder: Path, prompts: list[generate.Prompt], kept: KeptAnswers) -> dict[str, float]:
+def latency(folder: Path, prompts: list[generate.Prompt], kept: KeptAnswers, usual: Optional[float] = None) -> dict[str, float]:
     """Return {"p50", "p95", "a second"}: seconds for one answer, one prompt at a time, and answers a second where a batch of them waits.
 
-    With the limit, stops and engine that `kept` names.
+    With the limit, stops and engine that `kept` names. `usual` counts all answers as so many tokens long: untuned models end too early, or
+    never, and would be compared by that instead of by their speed.
     """
     engine = load_engine(kept.engine, folder)
     generate.ready_for_messages(engine.tokenizer)
     engine.generate(prompts[:1], kept.limit, stop=kept.stop)  # the first pays for what is made once
-    seconds = [engine.generate([prompt], kept.limit, stop=kept.stop)[0].seconds for prompt in prompts[:WAITED_FOR]]
-    started, batch = time.monotonic(), prompts[:generate.BATCH_SIZE]
-    engine.generate(batch, kept.limit, stop=kept.stop)
-    return {"p50": float(np.quantile(seconds, 0.5)), "p95": float(np.quantile(seconds, 0.95)), "a second": len(batch) / (time.monotonic() - started)}
+    alone = [engine.generate([prompt], kept.limit, stop=kept.stop)[0] for prompt in prompts[:WAITED_FOR]]
+    seconds = [one.seconds * (usual / one.completion_tokens if usual else 1.0) for one in alone]
+    started = time.monotonic()
+    batch = engine.generate(prompts[:generate.BATCH_SIZE], kept.limit, stop=kept.stop)
+    answers = sum(one.completion_tokens for one in batch) / usual if usual else len(batch)
+    return {"p50": float(np.quantile(seconds, 0.5)), "p95": float(np.quantile(seconds, 0.95)), "a second": answers / (time.monotonic() - started)}
 
 # %% ../../nbs/core/candidates.ipynb #0a916101
 @dataclass(frozen=True)

@@ -30,9 +30,9 @@ from .statistics import Measure, mean_measure, perplexity_measure, score_rows, v
 
 # %% auto #0
 __all__ = ['CONTINUATION', 'LONGEST_CHAT_ANSWER', 'AT_ONCE', 'SHOWN_ANSWERS', 'MOST_CLASSES', 'Result', 'Answers', 'answer_limit',
-           'answer_those_with_room', 'stops', 'ask', 'Likelihoods', 'read_items', 'read_by', 'dev_scorer',
-           'nearest_answers', 'classical_answers', 'measures', 'item_scores', 'goodness', 'score_table', 'compare',
-           'write_answers', 'write_item_scores']
+           'usual_length', 'answer_those_with_room', 'stops', 'ask', 'Likelihoods', 'read_items', 'read_by',
+           'dev_scorer', 'nearest_answers', 'classical_answers', 'measures', 'item_scores', 'goodness', 'score_table',
+           'compare', 'write_answers', 'write_item_scores']
 
 # %% ../../nbs/core/comparison.ipynb #8df264c7
 @dataclass
@@ -63,6 +63,11 @@ def answer_limit(tokenizer, train: list[dict], approach: str = "supervised") -> 
     longest = max(len(tokenizer(row["response"], add_special_tokens=False)["input_ids"]) for row in train)
     limit = 8 * -(-int(longest * 1.25 + 1) // 8)
     return min(limit, LONGEST_CHAT_ANSWER) if approach == "chat" else limit
+
+
+def usual_length(tokenizer, train: list[dict]) -> float:
+    """Return how many tokens a training answer has on average, its end token among them."""
+    return float(np.mean([len(tokenizer(row["response"], add_special_tokens=False)["input_ids"]) + 1 for row in train]))
 
 # %% ../../nbs/core/comparison.ipynb #3d1abd57
 def answer_those_with_room(answer: Callable[..., list[generate.Generation]], model, tokenizer, prompts: list[generate.Prompt], limit: int,

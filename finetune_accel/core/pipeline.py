@@ -60,6 +60,7 @@ def _followed(path: Path, phase: str, listener: Listener) -> Iterator[None]:
         done.set()
         follower.join()
         del os.environ[PROGRESS_FILE]
+        path.unlink(missing_ok=True)
 
 # %% ../../nbs/core/pipeline.ipynb #8f92c134
 def execute_notebook(notebook: Path, executed: Path, parameters: dict) -> None:
