@@ -92,7 +92,8 @@ class Ours:
             with generate.inference(self.engine.model):
                 decoded = generate._decode_batch(self.engine.model, prompts, None, new_tokens, generate.Sampling(), never)
         else:
-            decoded = self.engine.decode(prompts, new_tokens, set(), never)
+            self.engine.ends = set()
+            decoded = self.engine.decode(prompts, new_tokens, never)
         return [tokens for tokens, *_ in decoded]
 
     def answers(self, conversations: list, limit: int) -> list[str]:

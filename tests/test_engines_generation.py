@@ -101,11 +101,11 @@ def test_batch_size_does_not_change_the_reference(reference):
 
 
 def test_a_graph_is_converted_once(openvino, folder):
-    from finetune_accel.core import openvino_engine
+    from finetune_accel.core import openvino_graph
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(openvino_engine, "traced", lambda _: pytest.fail("converted again"))
-        assert (openvino_engine.converted(folder) / "openvino_model.bin").is_file()
+        patch.setattr(openvino_graph, "traced", lambda _: pytest.fail("converted again"))
+        assert (openvino_graph.converted(folder) / "openvino_model.bin").is_file()
 
 
 def test_windows_are_refused_kindly(tmp_path, folder):
@@ -159,8 +159,9 @@ def test_an_engine_is_checked_before_it_is_used(openvino, folder, tmp_path, monk
 def test_the_server_answers_by_the_engine_it_is_given(openvino, reference, folder):
     from fastapi.testclient import TestClient
 
+    from finetune_accel.core.served_models import load_models
     from finetune_accel.core.server import create_app
 
-    http = TestClient(create_app(folder, "tiny", engine="openvino"))
-    said = http.post("/v1/chat/completions", json={"messages": ASKED[3], "max_tokens": 12, "temperature": 0}).json()
+    with TestClient(create_app(load_models(str(folder), engine="openvino"))) as http:
+        said = http.post("/v1/chat/completions", json={"messages": ASKED[3], "max_tokens": 12, "temperature": 0}).json()
     assert said["choices"][0]["message"]["content"] == reference.generate(ASKED[3:4], 12)[0].text

@@ -15,9 +15,10 @@ from transformers import AutoTokenizer
 from . import generate
 from .errors import BadInput
 from .generate import Generation, Prompt, Sampling
+from .live import LiveEngine
 
 # %% auto #0
-__all__ = ['ENGINES', 'Engine', 'Reference', 'load_engine', 'how_answered']
+__all__ = ['ENGINES', 'Engine', 'Reference', 'load_engine', 'load_live', 'how_answered']
 
 # %% ../../nbs/core/answering.ipynb #1afbaec4
 class Engine(Protocol):
@@ -50,17 +51,38 @@ class Reference:
 ENGINES = ("reference", "openvino", "openvino-bf16")  # float32 with torch; OpenVINO GenAI on a CPU, in float32 and in bfloat16
 
 
-def load_engine(name: str, model_dir: str | Path) -> Engine:
-    """Return the engine `name` with the model of a local folder. Raises BadInput for an unknown name and for what cannot run here."""
+def _kind(name: str) -> tuple[str, str]:
+    """Return (reference or openvino, dtype) of an engine's name; raises BadInput for an unknown one."""
     if name not in ENGINES:
         raise BadInput("engine", f"there is no engine {name!r}", f"use one of: {', '.join(ENGINES)}")
     kind, _, half = name.partition("-")
+    return kind, "bfloat16" if half else "float32"
+
+
+def load_engine(name: str, model_dir: str | Path) -> Engine:
+    """Return the engine `name` with the model of a local folder. Raises BadInput for an unknown name and for what cannot run here."""
+    kind, dtype = _kind(name)
     if kind == "openvino":
         from finetune_accel.core.openvino_engine import OpenVINO
-        return OpenVINO(model_dir, "bfloat16" if half else "float32")
+        return OpenVINO(model_dir, dtype)
     return Reference(model_dir)
 
 # %% ../../nbs/core/answering.ipynb #f1fdb984
+def load_live(name: str, model_dir: str | Path, adapters: dict[str, Path] | None = None) -> LiveEngine:
+    """Return the live engine `name` with the model of a local folder and LoRA adapters {name: folder} beside it.
+
+    Raises BadInput for an unknown name, and for what cannot run here.
+    """
+    kind, dtype = _kind(name)
+    if kind == "openvino":
+        if adapters:
+            raise BadInput("engine", f"{name} answers with one model, without adapters beside it", "use engine: reference, or merge the adapter")
+        from finetune_accel.core.openvino_engine import OpenVINO
+        return OpenVINO(model_dir, dtype)
+    from finetune_accel.core.rows_engine import Rows
+    return Rows(model_dir, adapters)
+
+# %% ../../nbs/core/answering.ipynb #3060c851
 def how_answered(engine: str, models: dict[str, str | Path]) -> dict:
     """Return {engine, dtype, decoding, batch_size, template_sha256: {system: digest, None without a template}}, for the folders `models`."""
     templates = {system: AutoTokenizer.from_pretrained(folder, local_files_only=True).chat_template for system, folder in models.items()}

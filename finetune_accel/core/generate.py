@@ -15,10 +15,11 @@ from typing import Any, Optional
 
 import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
-from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from .errors import BadInput
+from .model_folders import check_loaded, check_model_folder, check_parameters, tensor_sizes, weight_files
 from .template import ControlTokens, control_tokens, plain_template, stop_at_end_of_turn, switch_thinking_off
 
 # %% auto #0
@@ -34,20 +35,24 @@ BATCH_SIZE = 32
 def load_plain(model_dir: str | Path, dtype: torch.dtype) -> tuple[Any, Any]:
     """Load a local model folder and return (model, tokenizer); on the GPU where there is one.
 
-    Raises BadInput if the folder is missing or lacks safetensors weights or a tokenizer.
+    Raises BadInput for a folder that is not safe to load (`core.model_folders`), is not whole, or contradicts itself.
     """
-    if not (Path(model_dir) / "config.json").is_file():
-        raise BadInput(str(model_dir), "must be a model folder with config.json and safetensors weights",
-                       "give the folder that training or the model cache wrote")
+    place, folder = str(model_dir), check_model_folder(Path(model_dir))
+    offline = {"trust_remote_code": False, "local_files_only": True}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False, local_files_only=True)
-        model = AutoModelForCausalLM.from_pretrained(
-            model_dir, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True,
-            attn_implementation="sdpa")
-    except (OSError, ValueError) as error:
-        raise BadInput(str(model_dir), f"cannot be loaded ({str(error).splitlines()[0]})",
-                       "use a folder with config.json, *.safetensors and tokenizer files") from error
-    stop_at_end_of_turn(model, switch_thinking_off(tokenizer))
+        check_parameters(place, AutoConfig.from_pretrained(folder, **offline), tensor_sizes(weight_files(folder)))
+        tokenizer = AutoTokenizer.from_pretrained(folder, **offline)
+        model, found = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, attn_implementation="sdpa",
+                                                            output_loading_info=True, ignore_mismatched_sizes=True, **offline)
+        check_loaded(place, model, tokenizer, found)
+        stop_at_end_of_turn(model, switch_thinking_off(tokenizer))
+    except (BadInput, MemoryError, torch.OutOfMemoryError):
+        raise
+    except BaseException as error:  # the libraries raise what they like about a folder that is not whole
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of the tokenizer, in Rust
+            raise
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0][:500]
+        raise BadInput(place, f"cannot be loaded ({why})", "use a folder with config.json, *.safetensors and tokenizer files") from error
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
 
 # %% ../../nbs/core/generate.ipynb #570aa2ff

