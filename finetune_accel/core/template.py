@@ -17,7 +17,7 @@ from .errors import BadInput
 
 # %% auto #0
 __all__ = ['THINKING_OFF', 'PLAIN_TEMPLATE', 'PROBE', 'CONTROL_TOKEN', 'Targets', 'PROMPT_DIFFERS', 'NO_END_TOKEN', 'REFUSES',
-           'ANSWER', 'conversation', 'with_default_system', 'switch_thinking_off', 'plain_template',
+           'ANSWER', 'conversation', 'with_default_system', 'switch_thinking_off', 'plain_template', 'template_problem',
            'check_template_ends', 'control_token', 'control_tokens', 'ControlTokens', 'Segment', 'prompt_ids',
            'renderer', 'end_of_turn', 'stop_at_end_of_turn', 'chat_segments', 'encode_records', 'token_counts']
 
@@ -64,15 +64,21 @@ def plain_template(tokenizer: Any) -> str:
 
 # %% ../../nbs/core/template.ipynb #f31b1b63
 PROBE = """
-import json, sys
+import json, re, sys
 from datetime import datetime
 import jinja2, jinja2.ext
+from jinja2 import nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+given = json.load(sys.stdin)
 try:
     import resource
-    resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
+    resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
+    resource.setrlimit(resource.RLIMIT_CPU, (given["seconds"], given["seconds"] + 1))
 except (ImportError, ValueError, OSError):
     pass
+def end(problem):
+    print(problem)
+    sys.exit(9)
 class Generation(jinja2.ext.Extension):
     tags = {"generation"}
     def parse(self, parser):
@@ -80,34 +86,55 @@ class Generation(jinja2.ext.Extension):
         return parser.parse_statements(["name:endgeneration"], drop_needle=True)
 def refuse(message):
     raise jinja2.TemplateError(message)
-given = json.load(sys.stdin)
 environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
                                             extensions=[Generation, jinja2.ext.loopcontrols])
 environment.globals.update(raise_exception=refuse, strftime_now=lambda form: datetime.now().strftime(form))
+try:
+    tree = environment.parse(given["template"])
+except Exception as error:
+    end(f"is not one that Jinja can read ({error})")
+if tree.find((nodes.Include, nodes.Import, nodes.FromImport, nodes.Extends)):
+    end("asks for another file")
+made = {"range"}  # names of numbers that a template counts itself
+for assign in tree.find_all(nodes.Assign):
+    if any(name.name in made for name in assign.find_all(nodes.Name) if name.ctx == "load"):
+        made |= {name.name for name in assign.find_all(nodes.Name) if name.ctx == "store"}
+def counts(loop):
+    return any(name.name in made for name in [loop.iter, *loop.iter.find_all(nodes.Name)] if isinstance(name, nodes.Name))
+if any(counts(inner) for loop in tree.find_all(nodes.For) if counts(loop) for inner in loop.find_all(nodes.For)):
+    end("counts in a loop that counts, which may take hours for some conversation")
+texts = [node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)]
+reached = [node.attr for node in tree.find_all(nodes.Getattr)] + [name for text in texts for name in re.findall(r"(?:^|[.])(__[a-z]+__)", text)]
+if hidden := [name for name in reached if name.startswith("__")]:
+    end(f"reaches for {hidden[0]}, which is Python's own")
 for messages in given["conversations"]:
     try:
         environment.from_string(given["template"]).render(messages=messages, add_generation_prompt=True, **given["tokens"])
     except MemoryError:
-        sys.exit(9)
+        end("needs more than 1 GiB of memory with a short conversation")
     except Exception:
         pass  # what a template refuses is said where it is used
 """
 
 
 @lru_cache
-def check_template_ends(chat_template: str, special_tokens: tuple[tuple[str, str], ...] = (), seconds: float = 5.0) -> None:
-    """Raise BadInput if `chat_template` needs more than `seconds` or 4 GiB for a short conversation."""
+def template_problem(chat_template: str, special_tokens: tuple[tuple[str, str], ...] = (), seconds: int = 2) -> str:
+    """Return why `chat_template` must not be used, "" if nothing is against it; a short conversation may take `seconds` of a core and 1 GiB."""
     turns = [*conversation("Hello", "Be brief."), {"role": "assistant", "content": "Hi"}, {"role": "user", "content": "Bye"}]
-    given = {"template": chat_template, "tokens": dict(special_tokens), "conversations": [turns, turns[1:2]]}
+    given = {"template": chat_template, "tokens": dict(special_tokens), "conversations": [turns, turns[1:2]], "seconds": seconds}
+    endless = f"is not done after {seconds} seconds with a short conversation"
     try:
-        done = subprocess.run([sys.executable, "-c", PROBE], input=json.dumps(given), text=True, timeout=seconds,
-                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, check=False)
-        problem = "needs more than 4 GiB of memory" if done.returncode == 9 else ""
+        done = subprocess.run([sys.executable, "-c", PROBE], input=json.dumps(given), text=True, timeout=30 * seconds,
+                              stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=False)
     except subprocess.TimeoutExpired:
-        problem = f"is not done after {seconds:g} seconds"
-    if problem:
-        raise BadInput("chat template", f"{problem} with a conversation of four short messages",
-                       "do not use this model, or replace its chat template by its publisher's")
+        return endless
+    return done.stdout.strip().rpartition("\n")[2] if done.returncode == 9 else endless if done.returncode else ""
+
+
+def check_template_ends(chat_template: str, special_tokens: tuple[tuple[str, str], ...] = (), seconds: int = 2) -> None:
+    """Raise BadInput if `chat_template` does not end, needs too much memory, asks for another file or reaches for Python's own attributes."""
+    if problem := template_problem(chat_template, special_tokens, seconds):
+        raise BadInput("chat template", problem, "do not use this model, or replace its chat template by its publisher's")
 
 # %% ../../nbs/core/template.ipynb #c3df1c77
 CONTROL_TOKEN = re.compile(
@@ -204,7 +231,8 @@ def stop_at_end_of_turn(model: Any, tokenizer: Any) -> None:
     """Add the token that ends an answer to those at which `model` stops, also for whoever loads what is saved of it."""
     configured = model.generation_config.eos_token_id
     ids = [i for i in (configured if isinstance(configured, list) else [configured]) if i is not None]
-    end = tokenizer.convert_tokens_to_ids(end_of_turn(tokenizer)) if tokenizer.chat_template else None
+    written = end_of_turn(tokenizer) if tokenizer.chat_template else None
+    end = tokenizer.convert_tokens_to_ids(written) if written else None
     if end is not None and end not in ids:
         model.generation_config.eos_token_id = [*ids, end]
 
