@@ -25,7 +25,7 @@ prepare: {source: rows.jsonl, base_model: "path:tiny", system_prompt: Answer wit
 benchmark: {models: ["path:tiny"], examples_in_prompt: 1}
 train: {base_model: "path:tiny", epochs: 3, evaluations: 1}
 evaluate: {examples_in_prompt: 1}
-serve: {parity_prompts: 1}
+serve: {parity_prompts: 1, engines: [reference]}
 """
 
 
@@ -66,3 +66,15 @@ def workspace(tmp_path_factory):
 def finished(workspace):
     """The same workspace after one whole run; returns (folder, output of the run)."""
     return workspace, finetune_accel("run", "mine.yaml", "--run-dir", workspace / "runs/mine", cwd=workspace)
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    """One server for all tests that only ask it: two tiny models, the reference engine, an inference table."""
+    from serving import running
+
+    scratch = tmp_path_factory.mktemp("server")
+    words = ["turn on the lights in the kitchen", "stop the timer"]
+    folders = {name: tiny_model(scratch / name, words, seed=seed) for seed, name in enumerate(("tuned", "base"))}
+    with running(folders, scratch, table=True) as started:
+        yield started
