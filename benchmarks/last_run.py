@@ -31,7 +31,7 @@ kept = {
     "in_words": evaluated["in_words"], "slices": evaluated["slices"], "test_openings": evaluated["test_openings"], "changed": evaluated["changed"],
     "forgetting": evaluated["forgetting"], "memorisation": evaluated["memorisation"], "cost": evaluated["cost"],
     "answering": evaluated["answering"], "engines": evaluated["engines"], "recommended": [phases["benchmark"]["recommended"], phases["benchmark"]["why"]],
-    "parity": {key: phases["serve"]["parity"][key] for key in ("equal", "asked")}, "versions": train["versions"],
+    "parity": {key: phases["serve"][key] for key in ("engine", "engines", "routes", "registered", "in_words")}, "versions": train["versions"],
 }
 target.with_suffix(".json").write_text(json.dumps(kept, indent=1) + "\n")
 header, *lines = score_lines(evaluated["scores"])
@@ -42,5 +42,6 @@ target.with_suffix(".md").write_text("\n".join([
                                        for name, phase in phases.items())
     + f"; training {train['tokens_per_second']:.0f} tokens a second, peak memory {train['peak_memory_gib']:.1f} GiB.", "",
     f"Scores on {evaluated['scores'][0]['n']} test items, 95 % intervals clustered by template; the test split was opened "
-    f"{evaluated['test_openings']} time(s):", "", *table, "", *(f"- {sentence}" for sentence in verdict_sentences(evaluated)), "", evaluated["in_words"], "", *costs, ""]))
+    f"{evaluated['test_openings']} time(s):", "", *table, "", *(f"- {sentence}" for sentence in verdict_sentences(evaluated)), "", evaluated["in_words"], "", *costs, "",
+    phases["serve"]["in_words"], ""]))
 print(target.with_suffix(".md").read_text())

@@ -26,7 +26,7 @@ console = Console(force_jupyter=False)  # a command line writes text, also where
 
 # %% auto #0
 __all__ = ['app', 'console', 'Overrides', 'RunDir', 'init', 'check', 'validate_file', 'list_phases', 'doctor', 'Screen', 'run',
-           'show_grid', 'show_run', 'report', 'serve', 'main']
+           'show_grid', 'show_run', 'report', 'serve', 'endpoint', 'main']
 
 # %% ../../nbs/core/cli.ipynb #bfc8f08e
 @app.command()
@@ -177,15 +177,45 @@ def report(run_dir: Path) -> None:
     console.print(str(write_report(RunFolder(run_dir.absolute()))), soft_wrap=True)
 
 
+def _named(pairs: list[str], option: str) -> dict[str, str]:
+    """Return {name: value} of options NAME=VALUE. Raises BadInput."""
+    for pair in pairs:
+        if not all(pair.partition("=")):
+            raise BadInput(f"{option} {pair}", "must be NAME=VALUE", f"write {option} polite=adapters/polite")
+    return dict(pair.split("=", 1) for pair in pairs)
+
+
 @app.command()
 def serve(target: str, host: str = "127.0.0.1", port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
-          engine: Annotated[str, typer.Option(help="reference, openvino or openvino-bf16")] = "reference") -> None:
+          engine: Annotated[Optional[str], typer.Option(help="reference, openvino or openvino-bf16; default: what the run was proven with")] = None,
+          base: Annotated[bool, typer.Option(help="serve a run folder's base model beside it, as `base`")] = False,
+          also: Annotated[list[str], typer.Option(help="NAME=TARGET: another model, asked by its name")] = [],
+          adapter: Annotated[list[str], typer.Option(help="NAME=FOLDER: a LoRA adapter on TARGET, asked by its name")] = [],
+          table: Annotated[Optional[Path], typer.Option(help="folder of the Delta table in which each request leaves a row")] = None,
+          no_token: Annotated[bool, typer.Option("--no-token", help="ask for no token: a gateway before it lets callers in")] = False) -> None:
     """Serve a run folder, models:/name@alias or model folder as a REST API; the token is read from $FINETUNE_ACCEL_TOKEN."""
     from finetune_accel.core.server import serve as serve_model
-    from finetune_accel.core.targets import resolve_target
 
-    folder, name = resolve_target(target)
-    serve_model(folder, name, host=host, port=port, engine=engine)
+    more = _named(also, "--also")
+    if base:
+        more["base"] = RunFolder(Path(target).absolute()).need("train")["settings"]["base_model"]
+    serve_model(target, host=host, port=port, engine=engine, also=more, adapters=_named(adapter, "--adapter"), table=table, no_token=no_token)
+
+
+@app.command()
+def endpoint(target: str, name: Annotated[Optional[str], typer.Option(help="of the endpoint; default: the model's")] = None,
+             workload_type: str = "GPU_SMALL", workload_size: str = "Small",
+             table: Annotated[Optional[str], typer.Option(help="catalog.schema.prefix of the inference table")] = None,
+             deploy: Annotated[bool, typer.Option(help="create or update the endpoint and wait until it is ready")] = False,
+             dry_run: Annotated[bool, typer.Option(help="ask the workspace and say what would change")] = False) -> None:
+    """Print the Databricks endpoint of a run folder or models:/catalog.schema.name/3, or deploy it to the workspace of $DATABRICKS_HOST."""
+    import yaml
+
+    from finetune_accel.core.endpoint import databricks_endpoint
+
+    outcome = databricks_endpoint(target, name, deploying=deploy, dry_run=dry_run, workload_type=workload_type, workload_size=workload_size,
+                                  table=table)
+    console.print(yaml.safe_dump(outcome, sort_keys=False), soft_wrap=True, markup=False, highlight=False)
 
 
 def main() -> None:

@@ -14,12 +14,14 @@ from jinja2 import Environment, StrictUndefined, UndefinedError
 
 from .criteria import LOWER_IS_BETTER, titled
 from .errors import BadInput
+from .parity import effect
 from .runs import RunFolder
 from .secrets import redact
 from .sources import KNOWN_PACKAGES, package_pin, scheme
 
 # %% auto #0
-__all__ = ['SYSTEMS', 'score_lines', 'verdict_sentences', 'systems_compared', 'not_shown', 'lineage', 'write_report']
+__all__ = ['SYSTEMS', 'score_lines', 'verdict_sentences', 'engine_lines', 'systems_compared', 'not_shown', 'lineage',
+           'write_report']
 
 # %% ../../nbs/core/report.ipynb #023e09c1
 def score_lines(scores: list[dict]) -> list[list[str]]:
@@ -59,6 +61,16 @@ def verdict_sentences(evaluated: dict) -> list[str]:
         comparison = f"; {_comparison(against)}" if against else ""
         sentences.append(f"{'MET' if met['met'] else 'NOT MET'}  {met['criterion']}: {met['value']:.3f}, {_threshold(met)}{comparison}")
     return sentences
+
+
+def engine_lines(engines: list[dict]) -> list[list[str]]:
+    """Return a table of texts, header first: one line an engine that was tried for serving, with its verdict and what it changed."""
+    header = ["engine", "verdict", "equal answers", "tokens a second", "95 % of callers wait at most", "change in each criterion, or why not"]
+    return [header, *([found["engine"], found["verdict"], f"{found['equal']} of {found['asked']}", f"{found['tokens_per_second']:.0f}",
+                       f"{found['p95_seconds']:.1f} s", effect(found)] if "equal" in found else
+                      [found["engine"], found["verdict"], "-", "-", "-", effect(found)] for found in engines)]
+
+
 SYSTEMS = {
     "base": "the untuned model", "base+K": "the untuned model, told all possible answers and shown K examples",
     "base+K nearest": "the same, shown the K training examples nearest to each prompt, as retrieval would find them",
@@ -87,6 +99,8 @@ def not_shown(results: dict[str, dict]) -> list[str]:
         said.append(f"Whether the model {', '.join(unknown[:-1])}{' or ' if unknown[1:] else ''}{unknown[-1]} was not measured.")
     if not results.get("train", {}).get("registered") and "train" in results:
         said.append("The model is not registered: the MLflow store could not be reached.")
+    if results.get("serve", {}).get("parity", {}).get("verdict") == "differs":
+        said.append("The service does not give all answers as they were evaluated.")
     said.append("Nothing here ran on a Databricks workspace, and no load or security test of the service was made.")
     return said
 
@@ -138,7 +152,8 @@ def write_report(run: RunFolder) -> Path:
         approach=next((result["settings"]["approach"] for result in results.values()), "").replace("_", " "),
         systems=systems_compared(evaluated["scores"]) if evaluated else [],
         table=score_lines(evaluated["scores"]) if evaluated else [], sentences=verdict_sentences(evaluated) if evaluated else [],
-        benchmark=score_lines(results["benchmark"]["scores"]) if "benchmark" in results else [], folder=str(run.path))
+        benchmark=score_lines(results["benchmark"]["scores"]) if "benchmark" in results else [], folder=str(run.path),
+        engines=engine_lines(results["serve"].get("engines", [])) if "serve" in results else [])
     try:
         html = environment.from_string(template).render(facts)
     except UndefinedError as error:
