@@ -4,12 +4,13 @@
 # make slow   the tests that make test leaves out (Spark again, killed; Gemma)
 # make benchmark, make scale   speed beside others, a million rows; results are files in benchmarks/
 # make generation   speed of the engines that answer, and whether they answer the same (RUN: a finished run of home-intents)
+# make serving  our server beside its own engines, transformers serve and mlflow models serve
 # make gpu    on one NVIDIA GPU: speed beside TRL (and Unsloth: UNSLOTH=FOLDER), memory, exactness, FP8 and four bits on real weights
 # make sync   after editing a notebook: export the package, the parameters cells and README.md
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test slow lab sync benchmark generation scale gpu clean
+.PHONY: demo test slow lab sync benchmark generation scale serving gpu clean
 
 demo: .venv/.installed
 	$(BIN)/finetune-accel run home-intents
@@ -20,7 +21,7 @@ test slow: export TRITON_INTERPRET ?= $(if $(shell command -v nvidia-smi),0,1)
 test: .venv/.installed-dev
 	$(BIN)/python -m pytest -q tests/test_design.py
 	$(BIN)/nbdev_test --path nbs/core --n_workers 2
-	$(BIN)/python -m pytest -q --durations=12 -m "not slow" --ignore=tests/test_design.py tests
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -n 2 --dist loadfile --durations=25 -m "not slow" --ignore=tests/test_design.py tests
 
 slow: .venv/.installed-dev
 	$(BIN)/python -m pytest -q -m slow tests
@@ -42,6 +43,9 @@ RUN ?= runs/home-intents
 generation: .venv/.installed-dev
 	$(BIN)/python benchmarks/generation.py --items $(RUN)/prepare/*/dev.parquet $(RUN)/prepare/*/train.parquet \
 	  --tuned $(wildcard $(RUN)/train/*/merged) --criteria $(wildcard $(RUN)/plan/*/criteria.json)
+
+serving: .venv/.installed-dev
+	$(BIN)/python benchmarks/serving.py
 
 scale: .venv/.installed-dev
 	$(BIN)/python benchmarks/prepare_scale.py

@@ -24,6 +24,7 @@ from finetune_accel.core.likelihood import log_likelihoods
 from finetune_accel.core.criteria import Criterion, check_criteria
 from finetune_accel.core.prompting import asked_of_base
 from finetune_accel.core.runs import RunFolder
+from finetune_accel.core.served_models import load_models
 from finetune_accel.core.server import create_app
 
 PHASES = [phase.name for phase in phases()]
@@ -56,7 +57,7 @@ prepare: {{source: rows.jsonl, base_model: "path:tiny", system_prompt: {system},
 benchmark: {{models: ["path:tiny"]}}
 train: {{base_model: "path:tiny", epochs: 4, evaluations: 1, batch_size: 2}}
 evaluate: {{}}
-serve: {{parity_prompts: 2}}
+serve: {{parity_prompts: 2, engines: [reference]}}
 """
 
 
@@ -115,7 +116,8 @@ def test_a_chat_goes_through_all_phases(chat):
     assert {s["system"] for s in run.need("benchmark")["scores"]} == {"base"}
     assert trained["dev"].keys() == {"exact_match", "perplexity"} and trained["dev"]["perplexity"] > 1
     assert trained["proofs"] and all(proof["held"] for proof in trained["proofs"])
-    assert run.need("serve")["parity"] == {**run.need("serve")["parity"], "equal": 2, "asked": 2} and run.need("serve")["invocations_equal"]
+    served = run.need("serve")
+    assert served["parity"] == {"verdict": "exact", "equal": 2, "asked": 2, "rows": []} and len(served["routes"]) == 7
     assert "perplexity (lower is better)" in output
     report = (run.path / "report.html").read_text()
     assert "at most 100000.0 was asked" in report and "base+K" not in report.split('id="answers"')[1].split("</section>")[0]
@@ -144,7 +146,8 @@ def test_continued_pretraining_goes_through_all_phases(reading):
     assert trained["supervised_tokens"] == trained["tokens"] - 4 * len(records), "all tokens but the first of each text bear loss"
     assert trained["loss_on"] == "every token"
     served = run.need("serve")
-    assert served["parity"]["equal"] == served["parity"]["asked"] == 2 and served["invocations_equal"]
+    assert served["parity"] == {"verdict": "exact", "equal": 2, "asked": 2, "rows": []} and len(served["routes"]) == 4
+    assert served["registered"]["same_files"] and "problem" not in served["registered"]
     rows = pq.read_table(run.output("evaluate/answers.parquet")).to_pylist()
     assert rows[0]["messages"] == [] and any(row["text"].startswith(rows[0]["prompt"]) for row in TEXTS)
     assert {row["system"] for row in rows} == {"base", "tuned"} and all(row["answer"] for row in rows)
@@ -254,8 +257,8 @@ def test_dev_scores_while_training(tmp_path):
 @pytest.fixture(scope="module")
 def served(tmp_path_factory):
     """A server in memory: (client of the app, its model and tokenizer)."""
-    folder = tiny_model(tmp_path_factory.mktemp("served"), [row["text"] for row in TEXTS])
-    return TestClient(create_app(folder, "tiny")), load(folder)
+    folder = tiny_model(tmp_path_factory.mktemp("served") / "tiny", [row["text"] for row in TEXTS])
+    return TestClient(create_app(load_models(str(folder)))), load(folder)
 
 
 def test_completions_go_on_with_the_raw_text(served):
@@ -275,7 +278,7 @@ def test_completions_go_on_with_the_raw_text(served):
 
 
 @pytest.mark.parametrize("field, value", [
-    ("suffix", "x"), ("echo", True), ("best_of", 2), ("logprobs", 1), ("logit_bias", {}), ("stream", True), ("n", 2), ("prompt", ""),
+    ("suffix", "x"), ("echo", True), ("best_of", 2), ("logprobs", 9), ("logit_bias", {}), ("stream", 1), ("n", 9), ("prompt", ""),
     ("prompt", []), ("prompt", [1, 2]), ("prompt", "a<|im_start|>system"), ("prompt", "lamp " * 3000), ("max_completion_tokens", 4),
     ("temperature", "0"), ("stop", [""]), ("prompt", "\ud800"),
 ])
@@ -288,7 +291,7 @@ def test_completions_refuse_by_name_what_they_do_not_do(served, field, value):
 def test_a_model_without_template_completes_texts_and_refuses_messages(tmp_path):
     folder = tiny_model(tmp_path / "tiny", [row["text"] for row in TEXTS])
     (folder / "chat_template.jinja").unlink()
-    http = TestClient(create_app(folder, "tiny"))
+    http = TestClient(create_app(load_models(str(folder))))
     assert http.post("/v1/completions", json={"prompt": "In the hall", "max_tokens": 4}).status_code == 200
     refused = http.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "hi"}]})
     assert refused.status_code == 400 and "no chat template" in refused.json()["error"]["message"]

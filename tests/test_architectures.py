@@ -33,6 +33,7 @@ from finetune_accel.core.packing import lay_out_row
 from finetune_accel.core.rows import RowRules, check_block
 from finetune_accel.core.runs import RunFolder
 from finetune_accel.core.saving import merged_model, save_adapter, save_model
+from finetune_accel.core.served_models import load_models
 from finetune_accel.core.server import create_app
 from finetune_accel.core.template import (
     conversation,
@@ -211,13 +212,13 @@ def test_what_is_served_is_what_generate_writes(trained):
     model, tokenizer = load_plain(trained.merged, torch.float32)
     asked = [conversation(row["prompt"], None) for row in ROWS[:3]]
     wanted = generate(model, tokenizer, asked, 40)
-    http = TestClient(create_app(trained.merged, "tiny"))
+    http = TestClient(create_app(load_models(str(trained.merged), "reference")))
     client = openai.OpenAI(base_url="http://testserver/v1", api_key="none", http_client=http, max_retries=0)
     end = tokenizer.convert_tokens_to_ids(trained.end)
     configured = json.loads((trained.merged / "generation_config.json").read_text())["eos_token_id"]
     assert end in (configured if isinstance(configured, list) else [configured]), "any other server stops there too"
     for messages, answer in zip(asked, wanted, strict=True):
-        served = client.chat.completions.create(model="tiny", messages=messages, max_tokens=40)
+        served = client.chat.completions.create(model="merged", messages=messages, max_tokens=40)
         assert served.choices[0].message.content == answer.text and served.choices[0].finish_reason == answer.finish_reason
         prompt = torch.tensor([tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]])
         plain = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=40, do_sample=False,
@@ -266,7 +267,7 @@ prepare: {{source: rows.jsonl, base_model: "path:tiny", system_prompt: {SYSTEM},
 benchmark: {{models: ["path:tiny"], examples_in_prompt: 1}}
 train: {{base_model: "path:tiny", epochs: 3, evaluations: 1}}
 evaluate: {{examples_in_prompt: 1}}
-serve: {{parity_prompts: 1}}
+serve: {{parity_prompts: 1, engines: [reference]}}
 """
 
 

@@ -40,7 +40,7 @@ evaluate:
   general_texts: 4
   cost: {{machine_hour: 1.0, machine_month: 20.0, training_hour: 2.0, input_million: 3.0, output_million: 15.0}}
   judge: {{base_url: "http://127.0.0.1:{port}/v1", model: first, key_env: null, against: [base, nearest]{labels}}}
-serve: {{parity_prompts: 2}}
+serve: {{parity_prompts: 2, engines: [openvino, reference]}}
 """
 
 
@@ -92,8 +92,8 @@ def test_everything_at_once(workspace, judge):
     assert evaluated["cost"]["training"] > 0 and "cost.svg" in evaluated["outputs"]
     assert [row["against"] for row in evaluated["judge"]] == ["base", "nearest"] and all(row["verdict"] == "not proven" for row in evaluated["judge"])
     assert json.loads((folder / "train.json").read_text())["planted"] == {"canaries": 6, "rows": 15}
-    served = json.loads((folder / "serve.json").read_text())["parity"]
-    assert served["equal"] == served["asked"] == 2, output
+    served = json.loads((folder / "serve.json").read_text())
+    assert served["engine"] == "openvino" and served["parity"] == {"verdict": "exact", "equal": 2, "asked": 2, "rows": []}, output
     report = html.unescape((folder / "report.html").read_text())
     for said in ("brier (lower is better)", "planted secrets", "What a month costs", "exact: 304 of 304 answers equal", *evaluated["judge_in_words"][:1]):
         assert said in report, said

@@ -35,6 +35,7 @@ from finetune_accel.core.judge_report import (
     write_judgements,
     write_sheets,
 )
+from finetune_accel.core.served_models import load_models
 from finetune_accel.core.server import create_app
 from finetune_accel.core.settings import validate
 from finetune_accel.core.statistics import design_effect
@@ -604,7 +605,8 @@ def test_a_model_served_by_us_is_asked_as_any_endpoint(tmp_path):
     """A real server with a tiny random model, which cannot judge: every answer fails, nothing is proven, and the report says so."""
     items = make_items(2)
     texts = {"tuned": ["right0", "right1"], "base": ["wrong", "no"]}
-    app = create_app(tiny_model(tmp_path / "tiny", ["question reference verdict conversation answer"] * 50, context=4096), "judge", token=KEY)
+    folder = tiny_model(tmp_path / "judge", ["question reference verdict conversation answer"] * 50, context=4096)
+    app = create_app(load_models(str(folder)), token=KEY)
     config = uvicorn.Config(app, port=0, log_level="error", http="h11")
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
