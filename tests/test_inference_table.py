@@ -109,8 +109,8 @@ def test_what_waits_is_bounded_in_rows_and_bytes(tmp_path, caplog, size, waiting
     assert caplog.text.count("rows cannot be written") == 1, "said once a minute"
     (tmp_path / "file").unlink()
     kept = len(table._queue)
-    until(lambda: table.written == kept)
-    assert table.problem is None and table.close() and numbers(tmp_path / "file" / "payload") == list(range(kept)), "the first, in order, once"
+    until(lambda: table.written == kept and table.problem is None)
+    assert table.close() and numbers(tmp_path / "file" / "payload") == list(range(kept)), "the first, in order, once"
 
 
 @pytest.fixture

@@ -175,7 +175,7 @@ def test_a_model_whose_template_never_ends_is_refused(tmp_path):
     assert load_tokenizer(tmp_path).chat_template == TEMPLATE
     (tmp_path / "chat_template.jinja").write_text(endless)
     begun = time.perf_counter()
-    with pytest.raises(BadInput, match="chat template: is not done after 2 seconds"):
+    with pytest.raises(BadInput, match="chat template: counts in a loop that counts"):
         load_tokenizer(tmp_path)
     assert time.perf_counter() - begun < 15
 
