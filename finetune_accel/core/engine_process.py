@@ -76,8 +76,11 @@ class EngineProcess:
         return result
 
     def _call(self, *call: Any) -> Any:
-        self._pipe.send(call)
-        return self._result()
+        try:
+            self._pipe.send(call)
+            return self._result()
+        except ConnectionError:
+            raise EOFError("the engine's process has ended") from None
 
     def check(self, ask: Ask) -> None:
         """Raise BadInput for what the engine cannot honour."""

@@ -16,7 +16,7 @@ from fastapi import Request
 from fastapi.responses import Response, StreamingResponse
 
 from .errors import BadInput
-from .generate import Prompt, check_room, context_length, encode
+from .generate import Prompt, check_length, check_room, context_length, encode
 from .live import Ask, Busy, EngineDown, Piece, Stream, Token
 from .request_log import said_by_caller
 from .requests import Asked, ChatRequest, CompletionRequest, TableRequest
@@ -26,8 +26,8 @@ from .responses import (
 from .server_metrics import Metrics
 
 # %% auto #0
-__all__ = ['LONG', 'LONGEST_TOKEN', 'refusals', 'check_length', 'tokens_of', 'Answering', 'Front', 'read_whole', 'hung_up',
-           'while_there', 'all_answers', 'interleaved', 'events', 'streamed', 'completion', 'answer']
+__all__ = ['LONG', 'refusals', 'tokens_of', 'Answering', 'Front', 'read_whole', 'hung_up', 'while_there', 'all_answers',
+           'interleaved', 'events', 'streamed', 'completion', 'answer']
 
 # %% ../../nbs/core/front.ipynb #03eff1fd
 @contextmanager
@@ -46,14 +46,6 @@ def refusals(place: str) -> Iterator[None]:
 
 # %% ../../nbs/core/front.ipynb #a8e00cea
 LONG = 16_384  # characters: prompts longer than this are tokenised beside the event loop, not on it
-LONGEST_TOKEN = 128  # characters: a prompt of more than this for each token of the context is refused before it is tokenised
-
-
-def check_length(model: Any, prompt: Prompt, place: str) -> None:
-    """Raise BadInput for a prompt that is far too long: to tokenise four megabytes takes seconds and a hundred times the memory."""
-    characters = len(prompt) if isinstance(prompt, str) else sum(len(message["content"]) for message in prompt)
-    if characters > LONGEST_TOKEN * context_length(model):
-        raise BadInput(place, f"{characters:,} characters pass the model's context of {context_length(model)} tokens", "shorten the prompt")
 
 
 def tokens_of(served: Any, prompts: list[Prompt], asked: Any, place: str) -> tuple[list[list[int]], int]:

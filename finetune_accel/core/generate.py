@@ -23,10 +23,11 @@ from .model_folders import check_loaded, check_model_folder, check_parameters, t
 from .template import ControlTokens, control_tokens, plain_template, stop_at_end_of_turn, switch_thinking_off
 
 # %% auto #0
-__all__ = ['BATCH_SIZE', 'Prompt', 'WORTH_SHARING', 'SHARED', 'TOKENS_IN_FLIGHT', 'ON_GPU', 'load_plain', 'pack_for_cpu', 'load',
-           'ready_for_messages', 'encode', 'context_length', 'stop_ids', 'common_prefix', 'attend_shared', 'RoomyLayer',
-           'plain_layers', 'Sampling', 'next_tokens', 'left_padded', 'forward', 'Generation', 'inference', 'in_batches',
-           'check_room', 'encode_all', 'ends_answer', 'finished', 'generate']
+__all__ = ['BATCH_SIZE', 'Prompt', 'WORTH_SHARING', 'SHARED', 'TOKENS_IN_FLIGHT', 'ON_GPU', 'LONGEST_TOKEN', 'load_plain',
+           'pack_for_cpu', 'load', 'ready_for_messages', 'encode', 'context_length', 'stop_ids', 'common_prefix',
+           'attend_shared', 'RoomyLayer', 'plain_layers', 'Sampling', 'next_tokens', 'left_padded', 'forward',
+           'Generation', 'inference', 'in_batches', 'check_length', 'check_room', 'encode_all', 'ends_answer',
+           'finished', 'generate']
 
 # %% ../../nbs/core/generate.ipynb #4c7ff5cc
 BATCH_SIZE = 32
@@ -353,6 +354,16 @@ def in_batches(lengths: list[int], max_new_tokens: int, batch_size: int) -> list
             batches.append([])
         batches[-1].append(row)
     return batches
+
+
+LONGEST_TOKEN = 128  # characters: a prompt of more than this for each token of the context is refused before it is tokenised
+
+
+def check_length(model: Any, prompt: Prompt, place: str) -> None:
+    """Raise BadInput for a prompt that is far too long: to tokenise four megabytes takes seconds and a hundred times the memory."""
+    characters = len(prompt) if isinstance(prompt, str) else sum(len(message["content"]) for message in prompt)
+    if characters > LONGEST_TOKEN * context_length(model):
+        raise BadInput(place, f"{characters:,} characters pass the model's context of {context_length(model)} tokens", "shorten the prompt")
 
 
 def check_room(model: Any, prompt: list[int], max_new_tokens: int, place: str) -> None:

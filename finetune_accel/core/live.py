@@ -19,7 +19,7 @@ from .errors import BadInput
 from .generate import Sampling, stop_ids
 
 # %% auto #0
-__all__ = ['log', 'STUCK_SECONDS', 'Ask', 'Token', 'Step', 'LiveEngine', 'Text', 'Busy', 'EngineDown', 'Piece', 'Worker',
+__all__ = ['log', 'STUCK_SECONDS', 'Ask', 'Token', 'Step', 'LiveEngine', 'Piece', 'Text', 'Busy', 'EngineDown', 'Worker',
            'Stream']
 
 # %% ../../nbs/core/live.ipynb #6d99d719
@@ -85,6 +85,14 @@ class LiveEngine(Protocol):
         """Free the model's memory."""
 
 # %% ../../nbs/core/live.ipynb #9331695e
+class Piece(NamedTuple):
+    """A part of an answer: text that can be shown, the tokens since the last piece, and, at its end, "stop" or "length"."""
+
+    text: str
+    tokens: list[Token]
+    finish: Literal["stop", "length"] | None
+
+
 class Text:
     """The text of an answer, token by token. `ends` are end tokens; `stop` texts end the answer and are not part of it."""
 
@@ -118,6 +126,16 @@ class Text:
         cut = min((at for text in self.stop if (at := self.known.find(text)) >= 0), default=len(self.known))
         return self._show(cut)
 
+    def piece(self, step: Step) -> Piece:
+        """Return what a step of the engine adds to the answer."""
+        shown = ""
+        for count, token in enumerate(step.tokens, 1):
+            text, stopped = self.add(token.id)
+            shown += text
+            if stopped:
+                return Piece(shown, step.tokens[:count], "stop")
+        return Piece(shown + self.rest() if step.finish else shown, step.tokens, step.finish)
+
     def _show(self, end: int) -> str:
         start, self.shown = self.shown, max(self.shown, end)
         return self.known[start:self.shown]
@@ -133,14 +151,6 @@ class Busy(Exception):
 
 class EngineDown(Exception):
     """The engine has failed, hangs, or is closed; the message says which."""
-
-
-class Piece(NamedTuple):
-    """A part of an answer: text that can be shown, the tokens since the last piece, and, at its end, "stop" or "length"."""
-
-    text: str
-    tokens: list[Token]
-    finish: Literal["stop", "length"] | None
 
 
 class Worker:
@@ -275,17 +285,8 @@ class Stream:
                 step = await self.steps.get()
                 if isinstance(step, Exception):
                     raise step
-                piece = self._piece(step)
+                piece = self._text.piece(step)
                 finish = piece.finish
                 yield piece
         finally:
             self.close()
-
-    def _piece(self, step: Step) -> Piece:
-        shown = ""
-        for count, token in enumerate(step.tokens, 1):
-            text, stopped = self._text.add(token.id)
-            shown += text
-            if stopped:
-                return Piece(shown, step.tokens[:count], "stop")
-        return Piece(shown + self._text.rest() if step.finish else shown, step.tokens, step.finish)
