@@ -5,7 +5,10 @@
 # %% ../../nbs/core/cli.ipynb #8a6ffc70
 from __future__ import annotations
 
+import json
 import sys
+from contextlib import closing, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -26,7 +29,7 @@ console = Console(force_jupyter=False)  # a command line writes text, also where
 
 # %% auto #0
 __all__ = ['app', 'console', 'Overrides', 'RunDir', 'init', 'check', 'validate_file', 'list_phases', 'doctor', 'Screen', 'run',
-           'show_grid', 'show_run', 'report', 'serve', 'endpoint', 'main']
+           'show_grid', 'show_run', 'report', 'serve', 'score', 'endpoint', 'main']
 
 # %% ../../nbs/core/cli.ipynb #bfc8f08e
 @app.command()
@@ -200,6 +203,61 @@ def serve(target: str, host: str = "127.0.0.1", port: Annotated[int, typer.Optio
     if base:
         more["base"] = RunFolder(Path(target).absolute()).need("train")["settings"]["base_model"]
     serve_model(target, host=host, port=port, engine=engine, also=more, adapters=_named(adapter, "--adapter"), table=table, no_token=no_token)
+
+
+@app.command()
+def score(source: str, model: Annotated[str, typer.Option(help="run folder, models:/name@alias or model folder")],
+          out: Annotated[Path, typer.Option(help="folder of the Delta table of answers; OUT_set_aside has the rows that have none")],
+          engine: Annotated[Optional[str], typer.Option(help="reference, openvino or openvino-bf16; default: what the run was proven with")] = None,
+          max_tokens: Annotated[Optional[int], typer.Option(min=1, help="longest answer; default: as the run was evaluated")] = None,
+          schema: Annotated[Optional[Path], typer.Option(help="file with the JSON schema that each answer must follow")] = None,
+          constrain: Annotated[bool, typer.Option("--constrain", help="let the engine write only what the schema allows")] = False,
+          system_prompt: Annotated[Optional[str], typer.Option(help="default: the run's")] = None,
+          column: Annotated[list[str], typer.Option(help="OURS=THEIRS: the column of prompt, messages or text, where it is not the run's")] = [],
+          token_cap: Annotated[Optional[int], typer.Option(min=1, help="stop before questions and answers in OUT pass so many tokens")] = None,
+          machine_hour: Annotated[Optional[float], typer.Option(min=0, help="price of an hour of this machine")] = None,
+          dry_run: Annotated[bool, typer.Option("--dry-run", help="say what it would take, and write nothing")] = False,
+          follow: Annotated[bool, typer.Option("--follow", help="go on with what is added to the table SOURCE, until stopped")] = False,
+          spark: Annotated[bool, typer.Option("--spark", help="let Spark's workers ask; SOURCE is Parquet")] = False,
+          workers: Annotated[int, typer.Option(min=1, help="of Spark, each with a model in memory")] = 1,
+          checkpoint: Annotated[Optional[Path], typer.Option(help="folder by which a Spark stream goes on; needed for --spark --follow")] = None) -> None:
+    """Answer all rows of SOURCE (JSON lines, CSV, Parquet, Delta) with a model; the same command goes on where a stopped one ended."""
+    from finetune_accel.core import score_job
+    from finetune_accel.core.blocks import open_regular
+    from finetune_accel.core.following import open_feed
+    from finetune_accel.core.readers import open_source
+
+    form = score_job.form_of(model)
+    form = replace(form, columns=form.columns | _named(column, "--column"), system_prompt=form.system_prompt if system_prompt is None else system_prompt)
+    with open_regular(schema, str(schema)) if schema else nullcontext() as file:
+        wanted = _json_object(file.read(), str(schema)) if schema else None
+    job = score_job.job_for(source, model, out, form=form, max_tokens=max_tokens, json_schema=wanted, constrain=constrain, engine=engine,
+                            token_cap=token_cap, machine_hour=machine_hour)
+    if spark:
+        if follow and not checkpoint:
+            raise BadInput("--checkpoint", "is needed to follow a source in Spark", "give --checkpoint FOLDER, which the next start goes on by")
+        counts = score_job.spark_job(job, workers, lambda counts: console.print(f"{counts.rows:,} rows, {counts.set_aside:,} set aside"), checkpoint)
+    else:
+        open_feed(source) if follow else open_source(source)  # what cannot be read is said before a model is loaded
+        with closing(job.predictor()) as predictor:
+            if dry_run:
+                return console.print("\n".join(score_job.dry_run(job, predictor).lines(job.currency)), soft_wrap=True, highlight=False)
+            counts = score_job.follow_job(job, predictor, lambda counts, lag: console.print(
+                f"{lag}; {counts.rows:,} rows, {counts.set_aside:,} set aside", highlight=False)) if follow else score_job.run_job(job, predictor)
+    console.print(score_job.said(counts, out), soft_wrap=True, highlight=False, markup=False)
+    if counts.left and not follow:
+        raise GateNotMet("stopped before all rows were asked; the same command (with a higher --token-cap, if that was reached) goes on")
+
+
+def _json_object(text: bytes, place: str) -> dict:
+    """Return the JSON object in a file. Raises BadInput."""
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise BadInput(place, f"is not JSON: {error}", "give a file with a JSON schema") from None
+    if not isinstance(value, dict):
+        raise BadInput(place, "is no JSON object", "give a file with a JSON schema")
+    return value
 
 
 @app.command()

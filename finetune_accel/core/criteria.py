@@ -21,7 +21,7 @@ from .settings import StrictModel
 
 # %% auto #0
 __all__ = ['LOWER_IS_BETTER', 'OF_CHOICES', 'OF_LIKELIHOODS', 'KEYS', 'REQUIRED', 'OF_LABELS', 'Criterion', 'titled',
-           'validators', 'load_validator', 'schema_validator', 'of_answers', 'check_criteria']
+           'validators', 'load_validator', 'schema_validator', 'check_json_schema', 'of_answers', 'check_criteria']
 
 # %% ../../nbs/core/criteria.ipynb #f5d06d19
 LOWER_IS_BETTER = {"refusal": 1.0, "repetition": 1.0, "brier": 2.0, "perplexity": math.inf}  # metric: its worst value
@@ -159,7 +159,8 @@ def _references(value: Any) -> Iterator[str]:
         yield from _references(part)
 
 
-def _check_schema(schema: dict, place: str) -> None:
+def check_json_schema(schema: dict, place: str) -> None:
+    """Raise BadInput, naming `place`, for what is no JSON schema, or refers to one outside of itself."""
     from jsonschema.exceptions import SchemaError
     from jsonschema_specifications import REGISTRY
     from referencing import Resource
@@ -211,7 +212,7 @@ def _check_keys(criterion: Criterion, place: str) -> None:
     if criterion.pattern is not None:
         _check_pattern(criterion.pattern, f"{place}.pattern")
     if criterion.json_schema is not None:
-        _check_schema(criterion.json_schema, f"{place}.json_schema")
+        check_json_schema(criterion.json_schema, f"{place}.json_schema")
     if criterion.validator is not None:
         load_validator(criterion.validator, f"{place}.validator")
     if criterion.metric == "sql":

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import sys
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
@@ -20,11 +21,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from .blocks import Block
+from .errors import BadInput
 from .progress import progress
 from .rows import CHECKED, RowRules, check_block
 
 # %% auto #0
-__all__ = ['IN_PROCESS', 'check_blocks', 'check_in_spark']
+__all__ = ['IN_PROCESS', 'check_blocks', 'spark_session', 'check_in_spark']
 
 # %% ../../nbs/core/engines.ipynb #100c8f5e
 IN_PROCESS = 8  # blocks of up to 2,000 rows; starting workers costs more than checking these
@@ -98,15 +100,24 @@ def _by_file(batch: pa.RecordBatch, names: dict[str, str]) -> Iterator[_SparkBlo
         yield _SparkBlock(names[path], numbered)
 
 # %% ../../nbs/core/engines.ipynb #871597bb
+def spark_session() -> Any:
+    """Return the session of this process (a cluster's, where there is one), or start one on this machine. Raises BadInput without PySpark or Java."""
+    try:
+        from pyspark.sql import SparkSession
+    except ImportError:
+        raise BadInput("pyspark", "is not installed", 'pip install "finetune-accel[spark]", and have Java 17') from None
+    if not (SparkSession.getActiveSession() or shutil.which("java") or os.environ.get("JAVA_HOME") or os.environ.get("DATABRICKS_RUNTIME_VERSION")):
+        raise BadInput("java", "is not installed, and Spark needs it", "install Java 17, for example `apt install openjdk-17-jre-headless`")
+    os.environ.setdefault("PYSPARK_PYTHON", sys.executable)  # Spark would take the first python3 of the PATH
+    return SparkSession.getActiveSession() or SparkSession.builder.master("local[*]").config("spark.ui.enabled", "false") \
+        .config("spark.sql.execution.arrow.maxRecordsPerBatch", "2000").getOrCreate()
+
+
 def check_in_spark(files: Sequence[tuple[str, str]], rules: RowRules, late: bool, folder: Path) -> None:
     """Check the rows of Parquet `files`, (name for people, path), in Spark; parts in the schema CHECKED go to `folder`."""
     from urllib.parse import unquote
 
-    from pyspark.sql import SparkSession
-
-    os.environ.setdefault("PYSPARK_PYTHON", sys.executable)  # Spark would take the first python3 of the PATH
-    spark = SparkSession.getActiveSession() or SparkSession.builder.master("local[*]").config("spark.ui.enabled", "false") \
-        .config("spark.sql.execution.arrow.maxRecordsPerBatch", "2000").getOrCreate()
+    spark = spark_session()
     names = {path: name for name, path in files}
 
     def check(batches: Iterator[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
