@@ -26,11 +26,19 @@ benchmark: {models: ["path:tiny"], examples_in_prompt: 1}
 train: {base_model: "path:tiny", epochs: 3, evaluations: 1}
 evaluate: {examples_in_prompt: 1}
 serve: {parity_prompts: 1, engines: [reference]}
+score: {}
 """
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: left out of `make test`; `make slow` runs them")
+
+
+LONG = ("test_end_to_end.py", "test_package.py", "test_approaches.py", "test_served_models.py", "test_everything_on.py", "test_training.py")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in LONG)  # else one of two workers is left with an end of several minutes
 
 
 def finetune_accel(*arguments, cwd, code=0, **environment):

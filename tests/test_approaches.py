@@ -58,6 +58,7 @@ benchmark: {{models: ["path:tiny"]}}
 train: {{base_model: "path:tiny", epochs: 4, evaluations: 1, batch_size: 2}}
 evaluate: {{}}
 serve: {{parity_prompts: 2, engines: [reference]}}
+score: {{}}
 """
 
 

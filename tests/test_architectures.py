@@ -268,6 +268,7 @@ benchmark: {{models: ["path:tiny"], examples_in_prompt: 1}}
 train: {{base_model: "path:tiny", epochs: 3, evaluations: 1}}
 evaluate: {{examples_in_prompt: 1}}
 serve: {{parity_prompts: 1, engines: [reference]}}
+score: {{}}
 """
 
 
