@@ -5,12 +5,13 @@
 # make benchmark, make scale   speed beside others, a million rows; results are files in benchmarks/
 # make generation   speed of the engines that answer, and whether they answer the same (RUN: a finished run of home-intents)
 # make serving  our server beside its own engines, transformers serve and mlflow models serve
+# make scoring  rows a second beside a loop over transformers' pipeline (RUN); make kills: jobs and streams killed ten times in each of four ways
 # make gpu    on one NVIDIA GPU: speed beside TRL (and Unsloth: UNSLOTH=FOLDER), memory, exactness, FP8 and four bits on real weights
 # make sync   after editing a notebook: export the package, the parameters cells and README.md
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test slow lab sync benchmark generation scale serving gpu clean
+.PHONY: demo test slow lab sync benchmark generation scale scoring kills serving gpu clean
 
 demo: .venv/.installed
 	$(BIN)/finetune-accel run home-intents
@@ -43,6 +44,12 @@ RUN ?= runs/home-intents
 generation: .venv/.installed-dev
 	$(BIN)/python benchmarks/generation.py --items $(RUN)/prepare/*/dev.parquet $(RUN)/prepare/*/train.parquet \
 	  --tuned $(wildcard $(RUN)/train/*/merged) --criteria $(wildcard $(RUN)/plan/*/criteria.json)
+
+scoring: .venv/.installed-dev
+	$(BIN)/python benchmarks/scoring.py $(RUN)
+
+kills: .venv/.installed-dev
+	$(BIN)/python -m pytest -q -s -m slow tests/test_score.py | tee benchmarks/scoring_kills.txt
 
 serving: .venv/.installed-dev
 	$(BIN)/python benchmarks/serving.py

@@ -26,7 +26,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-ROWS_A_ROUND = {"loop": 40, "reference": 400, "openvino": 800, "openvino-bf16": 1200}
+ROWS_A_ROUND = {"loop": 30, "reference": 300, "openvino": 500, "openvino-bf16": 800}
 
 
 def sentences(count: int) -> list[str]:

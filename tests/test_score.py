@@ -414,10 +414,10 @@ def test_a_job_that_is_told_to_stop_keeps_what_was_asked(model, tmp_path):
 
 # --- streams ---
 
-def fed(model, folder, seconds: float, restarts: int) -> tuple[list[str], list[float]]:
+def fed(model, folder, seconds: float, restarts: int) -> str:
     """Feed a table for `seconds` at varying rates, with a new column and poisoned rows, while a job follows it and is killed `restarts` times.
 
-    Returns (what the jobs said of their lag, seconds).
+    Returns what came of it, in words, with what the last job said of its lag.
     """
     source, out, chance = folder / "asked", folder / "out", random.Random(11)
     write_deltalake(source, pa.Table.from_pylist(prompts(3)), configuration=FEED)
@@ -437,14 +437,17 @@ def fed(model, folder, seconds: float, restarts: int) -> tuple[list[str], list[f
             kill(process)
             process = start(model, source, out, "--follow")
         time.sleep(chance.choice([0.05, 0.2, 1.0]))
-    finish_stream(out, len(fed_rows))(process)
+    said = [line for line in finish_stream(out, len(fed_rows))(process).splitlines() if "is scored" in line]
+    assert said[-1].split(" is scored, ")[1].startswith("nothing waits"), said[-3:]
     found = {json.loads(row["row"])["prompt"]: row for row in table(out)}
     assert found.keys() == fed_rows and len(table(out)) == len(fed_rows), "nothing lost, nothing doubled"
     poisoned = {prompt for prompt in fed_rows if prompt.startswith("poison")}
     assert poisoned and {prompt for prompt, row in found.items() if row["error"]} == poisoned
     assert {json.loads(row["row"])["prompt"] for row in table(folder / "out_set_aside")} == poisoned and len(table(folder / "out_set_aside")) == len(poisoned)
     assert any("channel" in row["row"] for row in found.values())
-    return len(fed_rows), len(poisoned)
+    behind = [float(line.split(" versions and ")[1].split(" s behind")[0]) for line in said if " s behind" in line]
+    return (f"{len(fed_rows)} rows in {seconds:.0f} s, {len(poisoned)} poisoned and set aside, {restarts} kills; the last of the jobs committed {len(said)} times "
+            f"and was at most {max(behind, default=0):.0f} s behind")
 
 
 def test_a_stream_with_everything(model, tmp_path):
@@ -453,7 +456,7 @@ def test_a_stream_with_everything(model, tmp_path):
 
 @pytest.mark.slow
 def test_a_stream_of_five_minutes(model, tmp_path):
-    print("rows, of them poisoned:", fed(model, tmp_path, 300, restarts=2))
+    print(fed(model, tmp_path, 300, restarts=2))
 
 
 def test_changed_and_deleted_rows_and_the_lag(model, tmp_path):
@@ -472,6 +475,19 @@ def test_changed_and_deleted_rows_and_the_lag(model, tmp_path):
     follow_job(a_job(model, source, tmp_path / "out"), told, stop)
     assert set(by_prompt(tmp_path / "out")) == {row["prompt"] for row in prompts(4)} | {"lights off"}
     assert seen[0][1].latest == 0 and str(seen[0][1]) == "version 0 of 0 is scored, nothing waits" and seen[-1][1].version == DeltaTable(str(source)).version() >= 2
+
+
+def test_a_table_that_has_forgotten_what_comes_next(model, tmp_path):
+    source, stop = tmp_path / "asked", threading.Event()
+    write_deltalake(source, pa.Table.from_pylist(prompts(4)), configuration=FEED)
+    job = a_job(model, source, tmp_path / "out")
+    follow_job(job, lambda *_: stop.set(), stop)
+    write_deltalake(source, pa.Table.from_pylist(prompts(4, 4)), mode="append")
+    DeltaTable(str(source)).delete(f"prompt = '{prompts(1, 5)[0]['prompt']}'")
+    DeltaTable(str(source)).vacuum(0, dry_run=False, enforce_retention_duration=False)
+    with pytest.raises(BadInput, match=r"asked@1\.\.\d+: the changes of these versions cannot be read .*new --out with --follow"):
+        follow_job(job, lambda *_: None)
+    assert len(by_prompt(job.out)) == 4
 
 
 # --- elsewhere ---

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -59,14 +59,12 @@ def open_feed(source: str) -> DeltaTable:
 
 
 def added_rows(table: DeltaTable, name: str, first: int, last: int) -> Iterator[Block]:
-    """Yield the rows that the versions `first` to `last` added, numbered from 1 in each version; a row's place is NAME@VERSION:NUMBER."""
-    feed = pa.RecordBatchReader.from_stream(table.load_cdf(starting_version=first, ending_version=last))  # here, so that it raises here
-    return _added_rows(feed, name)
+    """Yield the rows that the versions `first` to `last` added, numbered from 1 in each version; a row's place is NAME@VERSION:NUMBER.
 
-
-def _added_rows(feed: Any, name: str) -> Iterator[Block]:
+    Raises BadInput for versions that the table has forgotten (vacuumed, or its log was cleaned up).
+    """
     numbers: dict[int, int] = {}
-    for batch in feed:
+    for batch in _changes(table, name, first, last):
         batch = batch.cast(pa.schema([(field.name, pa.string() if field.type == pa.string_view() else field.type) for field in batch.schema]))
         added = batch.filter(pc.is_in(batch["_change_type"], pa.array(ADDED)))
         for version in sorted(added["_commit_version"].unique().to_pylist()):
@@ -74,6 +72,14 @@ def _added_rows(feed: Any, name: str) -> Iterator[Block]:
             number = numbers.get(version, 0)
             numbers[version] = number + rows.num_rows
             yield from in_blocks(f"{name}@{version}", batch_rows(rows, number + 1))
+
+
+def _changes(table: DeltaTable, name: str, first: int, last: int) -> Iterator[pa.RecordBatch]:
+    try:
+        yield from pa.RecordBatchReader.from_stream(table.load_cdf(starting_version=first, ending_version=last))
+    except Exception as error:  # delta-rs has many kinds, and for a file that is gone none of its own
+        raise BadInput(f"{name}@{first}..{last}", f"the changes of these versions cannot be read ({' '.join(str(error).split())[:200]})",
+                       "score the table as it stands into a new --out with --follow, which goes on from there") from None
 
 # %% ../../nbs/core/following.ipynb #57de73ec
 def written_at(table: DeltaTable, version: int) -> float:
@@ -107,11 +113,6 @@ def follow(source: str, scorer: Scorer, scored: Scored, told: Callable[[Lag], No
             scorer.stop.wait(poll_seconds)
             continue
         last = min(table.version(), version + VERSIONS)
-        try:
-            blocks = added_rows(table, path.name, version + 1, last)
-        except Exception as error:  # delta-rs has many kinds, and for a log that was cleaned up none of its own
-            raise BadInput(source, f"the changes of versions {version + 1} to {last} cannot be read ({' '.join(str(error).split())[:200]})",
-                           "score the table as it stands into a new --out, and follow it from there") from None
-        scorer.score(blocks, come_to=(stream, last))
+        scorer.score(added_rows(table, path.name, version + 1, last), come_to=(stream, last))
         version = last
         told(lag(table, version))

@@ -95,7 +95,7 @@ class Predictor:
             except EOFError:
                 died = True
                 yield key, Broken("engine died", f"the engine ended while it wrote this answer alone (exit {self.engine.process.exitcode})",
-                                  "ask it with --engine reference, and report the row")
+                                  "score it alone into another table with --engine reference, and report the row")
         if died:
             self.close()
             self._start()

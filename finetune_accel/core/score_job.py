@@ -186,7 +186,8 @@ def spark_job(job: Job, workers: int, told: Callable[[Counts], None], checkpoint
         raise BadInput(job.source, "Spark reads Parquet files and Delta tables here", "score it without --spark, or write it as Parquet")
     if job.token_cap is not None:
         raise BadInput("--token-cap", "is counted by one process, and workers ask at the same time", "leave out --spark, or limit the source")
-    there = SparkJob(job.target, job.engine, job.params, job.form, job.json_schema, {path: name for name, path in opened.parquet})
+    target = str(Path(job.target).absolute()) if Path(job.target).exists() else job.target  # a worker's own folder may be another
+    there = SparkJob(target, job.engine, job.params, job.form, job.json_schema, {path: name for name, path in opened.parquet})
 
     def add(found: Counts) -> None:
         for key in ("rows", "answered", "set_aside", "known", "prompt_tokens", "completion_tokens"):
