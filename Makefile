@@ -1,5 +1,6 @@
 # make demo   a fresh machine with Python 3.11 to the verdict on the shipped engagement
 # make test   notebooks and package in sync, notebook examples, pytest
+# make locked install exactly requirements.lock, each file by its hash (Linux x86-64, Python 3.11), before any of the others; make lock writes it anew
 # make lab    open the notebooks
 # make slow   the tests that make test leaves out (Spark again, killed; Gemma)
 # make benchmark, make scale   speed beside others, a million rows; results are files in benchmarks/
@@ -11,7 +12,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test slow lab sync benchmark generation scale scoring kills serving gpu clean
+.PHONY: demo test slow lock locked lab sync benchmark generation scale scoring kills serving gpu clean
 
 demo: .venv/.installed
 	$(BIN)/finetune-accel run home-intents
@@ -26,6 +27,15 @@ test: .venv/.installed-dev
 
 slow: .venv/.installed-dev
 	$(BIN)/python -m pytest -q -m slow tests
+
+locked: .venv/bin/python
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --require-hashes -r requirements.lock
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch .venv/.installed
+	touch .venv/.installed-dev
+
+lock: .venv/bin/python
+	$(BIN)/python .ci/lock.py
 
 lab: .venv/.installed
 	$(BIN)/jupyter lab nbs
