@@ -17,7 +17,7 @@ from .core.settings import PhaseSettings, Source
 from .core.sources import source_digest
 
 # %% auto #0
-__all__ = ['READS', 'EvaluateSettings', 'require_baselines', 'clears', 'criteria_met']
+__all__ = ['READS', 'EvaluateSettings', 'require_baselines']
 
 # %% ../nbs/05_evaluate.ipynb #56aa26f8
 READS = ("plan/criteria.json", "prepare/train.parquet", "prepare/dev.parquet", "prepare/test.parquet", "prepare/format.json", "train/merged",
@@ -52,21 +52,3 @@ def require_baselines(criteria: list[Criterion], systems: list[str]) -> None:
             raise BadInput(f"plan.criteria.{number}", f"{criterion.name} is to be better than {criterion.better_than}, which is not asked",
                            "write better_than: base, or for base+K set evaluate.examples_in_prompt to 1 or more; a classical classifier is asked "
                            "where the training answers hold 2 to 200 classes")
-
-# %% ../nbs/05_evaluate.ipynb #ff211d7c
-def clears(criterion: Criterion, score: dict) -> bool:
-    """Return whether the interval's lower end reaches `at_least` and its upper end stays within `at_most`."""
-    return ((criterion.at_least is None or score["low"] >= criterion.at_least)
-            and (criterion.at_most is None or score["high"] <= criterion.at_most))
-
-
-def criteria_met(criteria: list[Criterion], scores: list[dict], verdicts: list[dict]) -> list[dict]:
-    """Return for each criterion whether the tuned model meets its threshold and beats what it should, and why."""
-    outcome = []
-    for criterion in criteria:
-        score = next(s for s in scores if s["system"] == "tuned" and s["criterion"] == criterion.name)
-        verdict = next((v["verdict"] for v in verdicts if v["criterion"] == criterion.name and v["against"] == criterion.better_than), None)
-        outcome.append({"criterion": criterion.name, "value": score["value"], "low": score["low"], "high": score["high"],
-                        "at_least": criterion.at_least, "at_most": criterion.at_most, "better_than": criterion.better_than, "verdict": verdict,
-                        "met": clears(criterion, score) and (criterion.better_than is None or verdict == "better")})
-    return outcome

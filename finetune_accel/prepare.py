@@ -47,7 +47,7 @@ class PrepareSettings(PhaseSettings):
     max_tokens: Optional[int] = Field(None, ge=16, description="longest row in tokens, null for the model's context")
     too_long: Literal["set_aside", "truncate", "split"] = Field("set_aside", description="what happens to longer rows")
     control_tokens: Literal["set_aside", "escape"] = Field("set_aside", description="text that would forge a turn of the conversation")
-    personal_data: Literal["report", "redact", "set_aside"] = Field("report", description="e-mail addresses, phone numbers, secrets")
+    personal_data: Literal["report", "redact", "set_aside"] = Field("report", description="e-mail addresses, phone numbers; a row with a secret is at least set aside")
     languages: Optional[list[str]] = Field(None, description="codes such as [en]; rows in others are set aside, null only reports")
     near_duplicates: Literal["report", "set_aside"] = Field("report", description="rows nearly the same as an earlier one")
     split: SplitSettings = Field(SplitSettings(), description="how rows are divided, see SplitSettings")

@@ -1,14 +1,17 @@
-"""A small engagement of one's own: three rows, a tiny random model, the same six phases."""
+"""A small engagement of one's own: three rows, a tiny random model, the same eight phases."""
 import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny import tiny_model  # noqa: E402
+
+os.environ.setdefault("FINETUNE_ACCEL_KEY", str(Path(tempfile.mkdtemp(prefix="key-")) / "signing.pem"))  # not the key of who runs the tests
 
 ROWS = [{"prompt": "lights on", "response": '{"intent": "On"}'}, {"prompt": "lights off", "response": '{"intent": "Off"}'},
         {"prompt": "what time is it", "response": '{"intent": "Time"}'}]
@@ -27,6 +30,7 @@ train: {base_model: "path:tiny", epochs: 3, evaluations: 1}
 evaluate: {examples_in_prompt: 1}
 serve: {parity_prompts: 1, engines: [reference]}
 score: {}
+promote: {}
 """
 
 
@@ -34,7 +38,10 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "slow: left out of `make test`; `make slow` runs them")
 
 
-LONG = ("test_end_to_end.py", "test_package.py", "test_approaches.py", "test_served_models.py", "test_everything_on.py", "test_training.py")
+# of no use to a run: test_planted_secrets.py looks for them in all that the run below leaves behind
+PLANTED_ENVIRONMENT = {"DATABRICKS_TOKEN": "dapi" + "faded1" * 5 + "ee", "HF_TOKEN": "hf_" + "Q7zL" * 9, "OPENAI_API_KEY": "sk-proj-" + "K2xW" * 9,
+                       "MLFLOW_TRACKING_PASSWORD": "correct Horse battery 9", "DATABASE_URL": "postgresql://joe:Vg5tY8uJ2kM4nB7c@db/x"}
+LONG = ("test_end_to_end.py", "test_package.py", "test_approaches.py", "test_served_models.py", "test_everything_on.py", "test_training.py", "test_existing_models.py")
 
 
 def pytest_collection_modifyitems(items):
@@ -73,7 +80,7 @@ def workspace(tmp_path_factory):
 @pytest.fixture(scope="session")
 def finished(workspace):
     """The same workspace after one whole run; returns (folder, output of the run)."""
-    return workspace, finetune_accel("run", "mine.yaml", "--run-dir", workspace / "runs/mine", cwd=workspace)
+    return workspace, finetune_accel("run", "mine.yaml", "--run-dir", workspace / "runs/mine", cwd=workspace, **PLANTED_ENVIRONMENT)
 
 
 @pytest.fixture(scope="session")

@@ -59,6 +59,7 @@ train: {{base_model: "path:tiny", epochs: 4, evaluations: 1, batch_size: 2}}
 evaluate: {{}}
 serve: {{parity_prompts: 2, engines: [reference]}}
 score: {{}}
+promote: {{}}
 """
 
 
@@ -88,7 +89,7 @@ def run_whole(folder):
 
 @pytest.fixture(scope="module")
 def finished_runs(tmp_path_factory):
-    """Both engagements after all six phases (most of which is waiting for kernels to start, so both run at once)."""
+    """Both engagements after all phases (most of which is waiting for kernels to start, so both run at once)."""
     folders = [write_engagement(tmp_path_factory.mktemp(name), rows, **values) for name, (rows, values) in ENGAGEMENTS.items()]
     with ThreadPoolExecutor(2) as pool:
         return dict(zip(ENGAGEMENTS, pool.map(run_whole, folders), strict=True))

@@ -269,12 +269,13 @@ train: {{base_model: "path:tiny", epochs: 3, evaluations: 1}}
 evaluate: {{examples_in_prompt: 1}}
 serve: {{parity_prompts: 1, engines: [reference]}}
 score: {{}}
+promote: {{}}
 """
 
 
 @pytest.mark.slow
 def test_gemma_through_the_real_command(tmp_path):
-    """Sliding windows, a turn that ends otherwise than a text, no system role: all six phases in their own kernels."""
+    """Sliding windows, a turn that ends otherwise than a text, no system role: all phases in their own kernels."""
     tiny_model("gemma3_text", tmp_path / "tiny")
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     (tmp_path / "mine.yaml").write_text(ENGAGEMENT)

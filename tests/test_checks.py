@@ -17,7 +17,8 @@ FAKES = {
     "Google API key": "AIza" + A + A[:3], "Stripe key": "sk_live_" + A[:24], "npm token": "npm_" + A + A[:4], "PyPI token": "pypi-AgE" + A * 2,
     "Azure storage key": "AccountKey=" + (A * 3)[:86] + "==", "SendGrid key": "SG." + A[:22] + "." + (A * 2)[:43],
     "private key": "-----BEGIN PRIVATE KEY-----\n" + A + "\n-----END PRIVATE KEY-----", "JSON web token": f"eyJ{A}.eyJ{A}.{A}",
-    "password in a connection string": "postgresql://me:hunter2@db.firma.de/x"}
+    "password in a connection string": "postgresql://me:hunter2@db.firma.de/x", "Azure shared access signature": "?sv=1&sig=" + A + A[:8] + "%3D",
+    "password": "password=hunter2", "authorization header": "Authorization: Bearer " + A[:20]}
 SECRETS = [secret for _ in range(2) for secret in FAKES.values()][:30]
 PERSONAL = [f"{name}@{host}" for name in ("jo.b", "anna+x", "m_k", "j.o'neil"[:3] + "z", "A.Smith") for host in ("firma.de", "mail.example.com", "uni-x.ac.uk", "b.io")] + [
     "+1 212-736-5000", "+12127365001", "(212) 736-5002", "212-736-5003", "212.736.5004", "212 736 5005", "1-212-736-5006", "+44 20 7219 3000", "020 7219 3001",

@@ -216,7 +216,7 @@ def test_grid_compares_on_dev_and_never_opens_the_test_split(finished):
     assert len(grid["rows"]) == 2 and grid["split"] == "dev" and "scores on the dev split" in output
     for row in grid["rows"]:
         child = RunFolder(row["run_dir"])
-        assert child.result("evaluate") is None and not (child.path / "test_openings.jsonl").exists()
+        assert child.result("evaluate") is None and not child.decisions.entries()
         assert child.need("train")["mlflow_run_id"] == row["mlflow_run_id"]
     assert {RunFolder(r["run_dir"]).need("train")["settings"]["learning_rate"] for r in grid["rows"]} == {1e-4, 1e-3}
 

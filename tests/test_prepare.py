@@ -272,12 +272,12 @@ def test_planted_faults_are_all_found(model, tmp_path):
     (tmp_path / "rows.jsonl").write_bytes(lines(*rows))
     by_group = SplitSettings(by="g", stratify=None)
     found = Prepared(model, tmp_path / "out", tmp_path / "rows.jsonl", split=by_group)
-    assert found.rows["set_aside"] == {"conflicting answer": 20}
-    assert {r["row"] for r in found.ledger if not r["kept"]} == {2001 + i for i in range(20)}
+    assert found.rows["set_aside"] == {"secret": 30, "conflicting answer": 20}
+    assert {r["row"] for r in found.ledger if r["rule"] == "conflicting answer"} == {2001 + i for i in range(20)}
     near = set(found.decided.near.tolist())
     planted = {1000 + i for i in range(50)}
     contacts = {r["row"] - 1 for r in found.ledger if any(kind in r["findings"] for kind in ("EMAIL", "PHONE"))}
-    secrets = {r["row"] - 1 for r in found.ledger if r["kept"] and len(r["findings"]) > 2} - contacts
+    secrets = {r["row"] - 1 for r in found.ledger if r["rule"] == "secret"}
     print(f"near-duplicates {len(near & planted)} of 50, {len(near - planted)} false; contacts {len(contacts & set(range(4000, 4040)))} of 40, "
           f"{len(contacts - set(range(4000, 4040)))} false; secrets {len(secrets & set(range(3000, 3030)))} of 30, {len(secrets - set(range(3000, 3030)))} false")
     assert near == planted and contacts == set(range(4000, 4040)) and secrets == set(range(3000, 3030))

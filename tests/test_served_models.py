@@ -229,7 +229,7 @@ def test_names(registry, expected):
 def test_targets(registry):
     move(registry, 2)
     by_alias, by_number = resolve_target(ALIAS), resolve_target(f"models:/{NAME}/2")
-    assert by_alias == by_number and by_alias[1:] == (NAME, "2")
+    assert by_alias == by_number and by_alias[1:] == (NAME, "2", False)
     for wrong, word in ((f"models:/{NAME}@nobody", "looked up"), (f"models:/{NAME}/99", "fetched"), (f"models:/{NAME}", "no version")):
         with pytest.raises(BadInput, match=word):
             resolve_target(wrong)
@@ -238,7 +238,7 @@ def test_targets(registry):
 def test_a_run_folder_is_served_as_it_was_measured(finished):
     folder = finished[0] / "runs/mine"
     run = RunFolder(folder)
-    assert resolve_target(str(folder)) == (run.output("train/merged"), "mine", run.need("train")["key"])
+    assert resolve_target(str(folder)) == (run.output("train/merged"), "mine", run.need("train")["key"], False)
     assert measured_engine(str(folder)) == run.need("evaluate")["settings"]["engine"]
 
 

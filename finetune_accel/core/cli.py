@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+import traceback
 from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -20,16 +21,19 @@ from rich.table import Table
 from .engagement import load_engagement, phases, shipped_engagements
 from .errors import BadInput, FinetuneAccelError, GateNotMet
 from .pipeline import run_engagement, run_grid
+from .promotion_commands import commands
 from .runs import RunFolder, resolve_run_dir
+from .secrets import redact
 from .settings import own_fields
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help="From a company's own data to a fine-tuned model that it can prove is better, serve and operate alone.")
+app.add_typer(commands)
 console = Console(force_jupyter=False)  # a command line writes text, also where a notebook tries it
 
 # %% auto #0
-__all__ = ['app', 'console', 'Overrides', 'RunDir', 'init', 'check', 'validate_file', 'list_phases', 'doctor', 'Screen', 'run',
-           'show_grid', 'show_run', 'report', 'serve', 'score', 'endpoint', 'main']
+__all__ = ['app', 'console', 'Overrides', 'RunDir', 'Unpickle', 'init', 'check', 'validate_file', 'list_phases', 'doctor',
+           'Screen', 'run', 'show_grid', 'show_run', 'report', 'serve', 'score', 'endpoint', 'main']
 
 # %% ../../nbs/core/cli.ipynb #bfc8f08e
 @app.command()
@@ -148,14 +152,14 @@ def show_grid(rows: list[dict], folder: Path) -> None:
 
 def show_run(folder: Path) -> None:
     """Print scores, verdict, and where report, MLflow and server are; raise GateNotMet if a criterion is not met."""
-    from finetune_accel.core.report import score_lines, verdict_sentences, write_report
+    from finetune_accel.core.report import promotion_line, score_lines, verdict_sentences, write_report
     from finetune_accel.core.tracking import log_report, store_uri
 
     run_folder = RunFolder(folder)
     report_path = write_report(run_folder)
     settings = next(result["settings"] for phase in phases() if (result := run_folder.result(phase.name)))
     log_report(settings["tracking_uri"], folder, report_path)
-    evaluated, trained = run_folder.result("evaluate"), run_folder.result("train")
+    evaluated, trained, promoted = (run_folder.result(phase) for phase in ("evaluate", "train", "promote"))
     if evaluated:
         header, *lines = score_lines(evaluated["scores"])
         table = Table(*header, title=f"scores on {evaluated['scores'][0]['n']} test items, 95 % intervals")
@@ -168,6 +172,8 @@ def show_run(folder: Path) -> None:
     console.print(f"MLflow: mlflow ui --backend-store-uri {store_uri(settings['tracking_uri'], folder)}", soft_wrap=True, highlight=False)
     if trained:
         console.print(f"serve:  finetune-accel serve {folder}", soft_wrap=True)
+    if promoted:
+        console.print(promotion_line(promoted, folder), soft_wrap=True, highlight=False, markup=False)
     if evaluated and (missed := [c["criterion"] for c in evaluated["criteria"] if not c["met"]]):
         raise GateNotMet(f"criteria not met: {', '.join(missed)}. The report says by how much.")
 
@@ -188,6 +194,10 @@ def _named(pairs: list[str], option: str) -> dict[str, str]:
     return dict(pair.split("=", 1) for pair in pairs)
 
 
+Unpickle = Annotated[bool, typer.Option("--unpickle", help="let an MLflow model of another kind run its own code on loading (a pickle does): say it "
+                                                           "only of a version whose signer you trust")]
+
+
 @app.command()
 def serve(target: str, host: str = "127.0.0.1", port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
           engine: Annotated[Optional[str], typer.Option(help="reference, openvino or openvino-bf16; default: what the run was proven with")] = None,
@@ -195,14 +205,16 @@ def serve(target: str, host: str = "127.0.0.1", port: Annotated[int, typer.Optio
           also: Annotated[list[str], typer.Option(help="NAME=TARGET: another model, asked by its name")] = [],
           adapter: Annotated[list[str], typer.Option(help="NAME=FOLDER: a LoRA adapter on TARGET, asked by its name")] = [],
           table: Annotated[Optional[Path], typer.Option(help="folder of the Delta table in which each request leaves a row")] = None,
-          no_token: Annotated[bool, typer.Option("--no-token", help="ask for no token: a gateway before it lets callers in")] = False) -> None:
+          no_token: Annotated[bool, typer.Option("--no-token", help="ask for no token: a gateway before it lets callers in")] = False,
+          unpickle: Unpickle = False) -> None:
     """Serve a run folder, models:/name@alias or model folder as a REST API; the token is read from $FINETUNE_ACCEL_TOKEN."""
     from finetune_accel.core.server import serve as serve_model
 
     more = _named(also, "--also")
     if base:
         more["base"] = RunFolder(Path(target).absolute()).need("train")["settings"]["base_model"]
-    serve_model(target, host=host, port=port, engine=engine, also=more, adapters=_named(adapter, "--adapter"), table=table, no_token=no_token)
+    serve_model(target, host=host, port=port, engine=engine, also=more, adapters=_named(adapter, "--adapter"), table=table, no_token=no_token,
+                trusted=unpickle)
 
 
 @app.command()
@@ -212,6 +224,7 @@ def score(source: str, model: Annotated[str, typer.Option(help="run folder, mode
           max_tokens: Annotated[Optional[int], typer.Option(min=1, help="longest answer; default: as the run was evaluated")] = None,
           schema: Annotated[Optional[Path], typer.Option(help="file with the JSON schema that each answer must follow")] = None,
           constrain: Annotated[bool, typer.Option("--constrain", help="let the engine write only what the schema allows")] = False,
+          unpickle: Unpickle = False,
           system_prompt: Annotated[Optional[str], typer.Option(help="default: the run's")] = None,
           column: Annotated[list[str], typer.Option(help="OURS=THEIRS: the column of prompt, messages or text, where it is not the run's")] = [],
           token_cap: Annotated[Optional[int], typer.Option(min=1, help="stop before questions and answers in OUT pass so many tokens")] = None,
@@ -232,7 +245,7 @@ def score(source: str, model: Annotated[str, typer.Option(help="run folder, mode
     with open_regular(schema, str(schema)) if schema else nullcontext() as file:
         wanted = _json_object(file.read(), str(schema)) if schema else None
     job = score_job.job_for(source, model, out, form=form, max_tokens=max_tokens, json_schema=wanted, constrain=constrain, engine=engine,
-                            token_cap=token_cap, machine_hour=machine_hour)
+                            token_cap=token_cap, machine_hour=machine_hour, trusted=unpickle)
     if spark:
         if follow and not checkpoint:
             raise BadInput("--checkpoint", "is needed to follow a source in Spark", "give --checkpoint FOLDER, which the next start goes on by")
@@ -286,6 +299,9 @@ def main() -> None:
     except KeyboardInterrupt:
         Console(stderr=True).print("stopped; the same command goes on from here")
         sys.exit(130)
+    except Exception:  # a bug of ours or a library's error: shown whole, but for credentials that its message quotes
+        sys.stderr.write(redact(traceback.format_exc()))
+        sys.exit(3)
 
 
 if __name__ == "__main__" and "__file__" in globals():  # run as a module, not as a notebook

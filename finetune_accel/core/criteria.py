@@ -21,7 +21,8 @@ from .settings import StrictModel
 
 # %% auto #0
 __all__ = ['LOWER_IS_BETTER', 'OF_CHOICES', 'OF_LIKELIHOODS', 'KEYS', 'REQUIRED', 'OF_LABELS', 'Criterion', 'titled',
-           'validators', 'load_validator', 'schema_validator', 'check_json_schema', 'of_answers', 'check_criteria']
+           'validators', 'load_validator', 'schema_validator', 'check_json_schema', 'of_answers', 'check_criteria',
+           'clears', 'criteria_met']
 
 # %% ../../nbs/core/criteria.ipynb #f5d06d19
 LOWER_IS_BETTER = {"refusal": 1.0, "repetition": 1.0, "brier": 2.0, "perplexity": math.inf}  # metric: its worst value
@@ -217,3 +218,21 @@ def _check_keys(criterion: Criterion, place: str) -> None:
         load_validator(criterion.validator, f"{place}.validator")
     if criterion.metric == "sql":
         _check_dialect(criterion.dialect, place)
+
+# %% ../../nbs/core/criteria.ipynb #b8fb759e
+def clears(criterion: Criterion, score: dict) -> bool:
+    """Return whether the interval's lower end reaches `at_least` and its upper end stays within `at_most`."""
+    return ((criterion.at_least is None or score["low"] >= criterion.at_least)
+            and (criterion.at_most is None or score["high"] <= criterion.at_most))
+
+
+def criteria_met(criteria: list[Criterion], scores: list[dict], verdicts: list[dict]) -> list[dict]:
+    """Return for each criterion whether the tuned model meets its threshold and beats what it should, and why."""
+    outcome = []
+    for criterion in criteria:
+        score = next(s for s in scores if s["system"] == "tuned" and s["criterion"] == criterion.name)
+        verdict = next((v["verdict"] for v in verdicts if v["criterion"] == criterion.name and v["against"] == criterion.better_than), None)
+        outcome.append({"criterion": criterion.name, "value": score["value"], "low": score["low"], "high": score["high"],
+                        "at_least": criterion.at_least, "at_most": criterion.at_most, "better_than": criterion.better_than, "verdict": verdict,
+                        "met": bool(clears(criterion, score)) and (criterion.better_than is None or verdict == "better")})
+    return outcome

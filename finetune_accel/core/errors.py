@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from .secrets import redact
+
 # %% auto #0
 __all__ = ['FinetuneAccelError', 'BadInput', 'GateNotMet', 'PhaseFailed', 'Broken']
 
@@ -15,6 +17,10 @@ class FinetuneAccelError(Exception):
     """Base of everything this package raises on purpose; `exit_code` is what the command line returns."""
 
     exit_code = 3
+
+    def __str__(self) -> str:
+        """Return the message without credentials."""
+        return redact(super().__str__())
 
     def _render_traceback_(self) -> list[str]:
         """Show IPython the message alone (IPython calls this instead of formatting a traceback)."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Iterator
 
 from fastapi import Request
-from fastapi.responses import Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from .errors import BadInput
 from .generate import Prompt, check_length, check_room, context_length, encode
@@ -23,11 +23,12 @@ from .requests import Asked, ChatRequest, CompletionRequest, TableRequest
 from .responses import (
     ChatChoice, ChatCompletion, ChatMessage, Chunks, Completion, CompletionChoice, Predictions, Refused, Usage, chat_logprobs, completion_logprobs,
     error_body, event, new_id, usage)
+from .served_tables import read_table
 from .server_metrics import Metrics
 
 # %% auto #0
 __all__ = ['LONG', 'refusals', 'tokens_of', 'Answering', 'Front', 'read_whole', 'hung_up', 'while_there', 'all_answers',
-           'interleaved', 'events', 'streamed', 'completion', 'answer']
+           'interleaved', 'events', 'streamed', 'completion', 'answer', 'predict']
 
 # %% ../../nbs/core/front.ipynb #03eff1fd
 @contextmanager
@@ -96,6 +97,8 @@ class Front:
         prompts = asked.prompts()
         with refusals(place), self._lease(name) as served:
             request.state.served = f"{served.name}:{served.version}"
+            if not served.chats:
+                raise BadInput("model", f"{served.name} is no language model: it does not chat, it answers tables", "send rows to /invocations")
             if (wanted := len(prompts) * (decoding.n or 1)) > served.worker.room:  # not Busy: to come back later would not help
                 raise BadInput(place, f"{wanted} answers are more than this server's {served.worker.room} places", "ask for fewer")
             arguments = (served, prompts, decoding, place)
@@ -271,3 +274,16 @@ async def answer(front: Front, asked: Asked, request: Request, name: str | None 
     if table:
         return Predictions(predictions=[text for text, _, _ in answers])
     return completion(answering.model, isinstance(asked, ChatRequest), answering.tokenizer, answers, asked.alternatives() is not None, used)
+
+# %% ../../nbs/core/front.ipynb #33ab92c0
+async def predict(front: Front, body: dict[str, Any], request: Request, name: str | None = None) -> JSONResponse:
+    """Answer a table by the model `name` (None: the default), which does not chat. Raises Refused."""
+    label = body.get("client_request_id")
+    request.state.client_request_id, request.state.user = said_by_caller(request.headers, label if isinstance(label, str) else None), None
+    if front.draining:
+        raise Refused(503, "the server is shutting down", code="shutting_down")
+    with refusals("body"), front._lease(name) as served:
+        request.state.served = f"{served.name}:{served.version}"
+        rows = read_table(body, served.worker.engine.columns)
+        values = await while_there(served.worker.predict(rows), request, front.deadline)
+    return JSONResponse({"predictions": values})

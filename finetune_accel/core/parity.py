@@ -24,6 +24,7 @@ from .criteria import Criterion, of_answers
 from .errors import BadInput, PhaseFailed
 from .progress import progress
 from .runs import read_json
+from .secrets import redact
 from .sources import tree_digest
 
 if TYPE_CHECKING:  # it imports torch, and the settings of the serve phase are checked without
@@ -245,7 +246,7 @@ def check_registered(uri: str, digest: str, rows: list[dict], reference: list[st
         same = tree_digest(model_from_registry(uri, None)) == digest
         dtype, texts = mlflow_answers(uri, rows, max_tokens)
     except Exception as error:  # whatever a store, a network or MLflow raises, the served model is as it is
-        return {"uri": uri, "problem": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
+        return {"uri": uri, "problem": redact(f"{type(error).__name__}: {error}").splitlines()[0][:300]}
     equal = sum(text.lstrip() == expected.lstrip() for text, expected in zip(texts, reference, strict=True))
     return {"uri": uri, "same_files": same, "dtype": dtype, "asked": len(rows), "equal": equal}
 

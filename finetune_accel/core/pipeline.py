@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 import threading
@@ -14,19 +15,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Callable, Iterator
+from typing import Any, Callable, Iterator
+
+import nbformat
 
 from .engagement import Engagement, Phase, load_engagement, phases
 from .errors import BadInput, GateNotMet, PhaseFailed
 from .processes import guarded
 from .progress import PROGRESS_FILE, latest_progress
 from .runs import HOLDS_LOCK, RunFolder, phase_key, run_lock, write_json
-from .secrets import redact
+from .secrets import find_secret, redact
 from .settings import PhaseSettings
 
 # %% auto #0
-__all__ = ['Listener', 'execute_notebook', 'execute_phase', 'Outcome', 'chosen_phases', 'run_phase', 'held', 'run_engagement',
-           'grid_points', 'share_results', 'run_grid']
+__all__ = ['Listener', 'ANSI', 'without_secrets', 'Cleaned', 'execute_notebook', 'execute_phase', 'Outcome', 'chosen_phases',
+           'run_phase', 'held', 'run_engagement', 'grid_points', 'share_results', 'run_grid']
 
 # %% ../../nbs/core/pipeline.ipynb #77cd0f2a
 Listener = Callable[[str, str, dict], None]  # called with (phase, "kept" | "started" | "progress" | "done" | "failed", facts)
@@ -38,7 +41,7 @@ def _our_error(error: Exception, notebook: Path) -> Exception:
             outcome = kind.__new__(kind)
             Exception.__init__(outcome, error.evalue)
             return outcome
-    return PhaseFailed(f"{notebook.stem} stopped with {error.ename}: {redact(error.evalue[:500])}. See {notebook}; "
+    return PhaseFailed(f"{notebook.stem} stopped with {error.ename}: {redact(error.evalue)[:500]}. See {notebook}; "
                        "the same command goes on from there.")
 
 
@@ -63,11 +66,49 @@ def _followed(path: Path, phase: str, listener: Listener) -> Iterator[None]:
         path.unlink(missing_ok=True)
 
 # %% ../../nbs/core/pipeline.ipynb #8f92c134
+ANSI = re.compile(r"\x1b\[[0-9;]*m")  # the colours of a traceback
+
+
+def _hidden(value: Any) -> Any:
+    """Return an output of a cell without credentials; a picture is left as it is."""
+    if isinstance(value, dict):
+        return {key: inner if key in ("image/png", "image/jpeg") else _hidden(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_hidden(inner) for inner in value]
+    if not isinstance(value, str):
+        return value
+    shown = redact(value)
+    return redact(plain) if find_secret(plain := ANSI.sub("", shown)) else shown
+
+
+def without_secrets(notebook: str) -> str:
+    """Return an executed notebook, as JSON text, without the credentials that its cells printed or failed with."""
+    content = nbformat.reads(notebook, as_version=4)
+    for cell in content.cells:
+        if "outputs" in cell:
+            cell.outputs = [nbformat.from_dict(_hidden(output)) for output in cell.outputs]
+    return nbformat.writes(content)
+
+
+class Cleaned:
+    """Papermill's way to a file, for the one that it writes after each cell: what a killed run leaves behind is clean too."""
+
+    def write(self, text: str, path: str) -> None:
+        """Write an executed notebook without credentials."""
+        Path(path).write_text(without_secrets(text), encoding="utf-8")
+
+    def pretty_path(self, path: str) -> str:
+        """Return what papermill shows of a path: all of it."""
+        return path
+
+# %% ../../nbs/core/pipeline.ipynb #1b8c56e3
 def execute_notebook(notebook: Path, executed: Path, parameters: dict) -> None:
     """Run a notebook with papermill in a kernel of this Python, reached through a socket file and not a network port."""
     import papermill  # two seconds that `check` and a run with nothing to do should not pay
+    from papermill.iorw import papermill_io
     from traitlets.config import Config
 
+    papermill_io.register(str(executed), Cleaned())
     os.environ.setdefault("JUPYTER_PREFER_ENV_PATH", "1")  # the kernel is this environment's Python, not another one's
     with tempfile.TemporaryDirectory(prefix="kernel-") as sockets:  # a short path: socket names have at most 107 characters
         config = Config(KernelManager={"transport": "ipc", "ip": f"{sockets}/k"},
@@ -96,7 +137,7 @@ def execute_phase(phase: Phase, settings: PhaseSettings, folder: RunFolder, list
     (folder.path / "failed" / phase.notebook.name).unlink(missing_ok=True)
     return result
 
-# %% ../../nbs/core/pipeline.ipynb #1b8c56e3
+# %% ../../nbs/core/pipeline.ipynb #185cfb0c
 @dataclass(frozen=True)
 class Outcome:
     """What a run did with one phase: `kept` (its result was there already) or `done`."""
@@ -119,7 +160,7 @@ def chosen_phases(engagement: Engagement, first: str | None, last: str | None) -
         raise BadInput(f"--from {first} --to {last}", "the first phase comes after the last", "exchange them")
     return present[start:end + 1]
 
-# %% ../../nbs/core/pipeline.ipynb #185cfb0c
+# %% ../../nbs/core/pipeline.ipynb #d165063f
 def run_phase(phase: Phase, engagement: Engagement, folder: RunFolder, force: bool, listener: Listener) -> Outcome:
     """Keep, restore or execute one phase."""
     settings, clock = engagement.settings(phase, folder.path), time.monotonic()
@@ -162,7 +203,7 @@ def run_engagement(engagement: Engagement, run_dir: Path, first: str | None = No
                                                      + engagement.as_yaml())
         return [run_phase(phase, engagement, folder, force, listener) for phase in wanted]
 
-# %% ../../nbs/core/pipeline.ipynb #d165063f
+# %% ../../nbs/core/pipeline.ipynb #5b9f1c06
 def grid_points(options: list[str]) -> list[list[str]]:
     """Return the override lists of all combinations of `section.key=a,b` options. Raises BadInput."""
     axes = []

@@ -7,23 +7,28 @@ from __future__ import annotations
 
 import itertools
 import logging
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, Optional
 
 from .engine_process import EngineProcess
 from .errors import BadInput, Broken
+from .formats import Form
 from .generate import Prompt, check_length, check_room, context_length, encode, stop_ids
 from .live import Ask, Text
+from .pyfunc import Failed, PyfuncProcess, as_text, read_row
+from .questions import question
 from .requests import TableParameters
 from .served_models import measured_engine
 from .sources import tree_digest
-from .targets import resolve_target
+from .targets import Target, resolve_target
 
 log = logging.getLogger(__name__)
 
 # %% auto #0
-__all__ = ['log', 'Answer', 'Predictor', 'refused']
+__all__ = ['log', 'MOST_ROWS', 'ENOUGH_SECONDS', 'AnyPredictor', 'Answer', 'Predictor', 'refused', 'RowAsk', 'PyfuncPredictor',
+           'said', 'predictor_for']
 
 # %% ../../nbs/core/predictor.ipynb #4f316746
 class Answer(NamedTuple):
@@ -38,11 +43,14 @@ class Answer(NamedTuple):
 class Predictor:
     """A target (run folder, `models:/name@alias`, model folder) that answers; `params` are those of a request to /invocations.
 
-    `name`, `version` and `sha256` (of the model's folder) say what answered. Raises BadInput as `resolve_target` and `load_live` do.
+    `name`, `version` and `sha256` (of the model's folder) say what answered; `found` is the target, if it has been looked up. Raises BadInput as
+    `resolve_target` and `load_live` do.
     """
 
-    def __init__(self, target: str, engine: str | None = None, params: TableParameters = TableParameters()):
-        found = resolve_target(target)
+    question = staticmethod(question)
+
+    def __init__(self, target: str, engine: str | None = None, params: TableParameters = TableParameters(), found: Target | None = None):
+        found = found or resolve_target(target)
         self.name, self.version, self.sha256 = found.name, found.version, tree_digest(found.folder)
         self.folder, self.engine_name, self.params = found.folder, engine or measured_engine(target), params
         self._start()
@@ -133,3 +141,94 @@ class Predictor:
 def refused(error: BadInput) -> Broken:
     """Return why a question is set aside that the server would refuse."""
     return Broken("cannot be asked", f"{error.place}: {error.rule}", error.fix)
+
+# %% ../../nbs/core/predictor.ipynb #733e03c7
+class RowAsk(NamedTuple):
+    """A row for a pyfunc; the other two are what an Ask has, and hold no tokens."""
+
+    values: list
+    prompt: tuple = ()
+    max_new_tokens: int = 0
+
+
+MOST_ROWS, ENOUGH_SECONDS = 256, 1.0  # of a set that is asked at once: its rows double until it takes so long
+
+
+class PyfuncPredictor:
+    """An MLflow model of any kind, as a Predictor: `question` reads a row, `ask` takes it, `answers` answers.
+
+    Raises BadInput for what `core.pyfunc` does not load (code of the model's own, unless it is `trusted`), and for settings that it cannot honour.
+    """
+
+    def __init__(self, found: Target, engine: str | None = None, params: TableParameters = TableParameters(), trusted: bool = False):
+        for name, given in (("engine", engine not in (None, "reference")), ("max_tokens, response_format", params != TableParameters())):
+            if given:
+                raise BadInput(name, f"means nothing to {found.name}, which is no language model", "leave it out")
+        self.name, self.version, self.folder, self.params, self.trusted = found.name, found.version, found.folder, params, trusted
+        self.sha256 = tree_digest(found.folder)
+        self._start()
+
+    def _start(self) -> None:
+        self.engine = PyfuncProcess(self.folder, self.trusted)
+        self.engine_name = self.engine.name
+
+    def close(self) -> None:
+        """Free the model's memory."""
+        self.engine.close()
+
+    def question(self, row: dict | Broken, form: Form) -> list | Broken:
+        """Return the values that a row asks for, or why it cannot be asked; of `form` the names of columns count."""
+        if form.system_prompt is not None or form.prompt_template:
+            raise BadInput("system_prompt, prompt_template", f"mean nothing to {self.name}, which is no language model", "leave them out")
+        return row if isinstance(row, Broken) else read_row(row, self.engine.columns, form.columns)
+
+    def ask(self, values: list) -> RowAsk:
+        """Return what `answers` takes."""
+        return RowAsk(values)
+
+    def answers(self, asks: Iterable[Optional[tuple[Any, RowAsk]]]) -> Iterator[tuple[Any, Answer | Broken]]:
+        """Yield (key, answer) of each (key, ask) in order. Raises BadInput for a model that does not give one answer a row."""
+        asks, most = iter(asks), 1
+        while pairs := [pair for pair in itertools.islice(asks, most) if pair]:
+            started = time.monotonic()
+            yield from self._answer(pairs)
+            most = min(2 * most, MOST_ROWS) if time.monotonic() - started < ENOUGH_SECONDS else max(most // 2, 1)
+
+    def _answer(self, pairs: list[tuple[Any, RowAsk]]) -> Iterator[tuple[Any, Answer | Broken]]:
+        try:
+            values = self.engine.predict([ask.values for _, ask in pairs])
+        except EOFError:
+            log.warning("the model's process died over %d rows; it is started again", len(pairs))
+            problem = Broken("engine died", f"the model's process ended over this row alone (exit {self.engine.process.exitcode})",
+                             "leave the row out, and report it to whoever trained the model")
+            self.close()
+            self._start()
+        except Failed as error:
+            problem = Broken("cannot be predicted", str(error), "mend the row, or report it to whoever trained the model")
+        else:
+            yield from ((key, said(value)) for (key, _), value in zip(pairs, values, strict=True))
+            return
+        if len(pairs) == 1:
+            yield pairs[0][0], problem
+            return
+        for pair in pairs:
+            yield from self._answer([pair])
+
+
+def said(value: Any) -> Answer | Broken:
+    """Return a prediction as an answer."""
+    if value is None:
+        return Broken("no prediction", "the model gave nothing (null, or not a number)", "see what the row lacks, or ask who trained the model")
+    return Answer(as_text(value), "stop", 0, 0)
+
+
+AnyPredictor = Predictor | PyfuncPredictor
+
+
+def predictor_for(target: str, engine: str | None = None, params: TableParameters = TableParameters(), trusted: bool = False) -> AnyPredictor:
+    """Return the model of a target in memory, of whatever kind it is; `close` it. Raises BadInput.
+
+    `trusted` lets an MLflow model run code of its own when it is loaded, as a pickle does.
+    """
+    found = resolve_target(target)
+    return PyfuncPredictor(found, engine, params, trusted) if found.pyfunc else Predictor(target, engine, params, found)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import mlflow
@@ -16,12 +17,15 @@ from huggingface_hub import ModelCard
 from transformers import pipelines
 
 from .errors import BadInput
+from .evidence import model_files
 from .runs import locked_versions
+from .secrets import redact
 from .sources import cache_dir, tree_digest
 from .tracking import Tracker
 
 # %% auto #0
-__all__ = ['registered_name', 'register_model', 'model_from_registry']
+__all__ = ['registered_name', 'register_model', 'logged_model', 'is_chat_model', 'model_from_registry', 'joined',
+           'pyfunc_from_logged']
 
 # %% ../../nbs/core/registry.ipynb #b438bebf
 def registered_name(register_to: str, engagement: str) -> str:
@@ -58,16 +62,31 @@ def register_model(tracker: Tracker, folder: Path, name: str, metadata: dict, ap
         os.environ.pop("HF_HUB_OFFLINE") if offline is None else os.environ.update(HF_HUB_OFFLINE=offline)
 
 # %% ../../nbs/core/registry.ipynb #e24e5bc2
+def logged_model(uri: str, tracking_uri: str | None) -> Path:
+    """Return the folder that MLflow logged for a `models:/name/version` or `models:/name@alias`. Raises BadInput."""
+    try:
+        return Path(mlflow.artifacts.download_artifacts(uri, tracking_uri=tracking_uri))
+    except Exception as error:  # stores and networks raise what they like; the person needs the name and the reason
+        raise BadInput(uri, f"cannot be fetched from the registry ({redact(str(error)).splitlines()[0][:200]})",
+                       "check the name, version or alias and --tracking-uri") from None
+
+
+def is_chat_model(logged: Path) -> bool:
+    """Return whether a logged folder is a model as the train phase registers it."""
+    return (logged / "model/config.json").is_file() and (logged / "components/tokenizer").is_dir()
+
+
 def model_from_registry(uri: str, tracking_uri: str | None) -> Path:
     """Return a local model folder for a `models:/name/version` or `models:/name@alias`. Raises BadInput if it has none."""
-    try:
-        logged = Path(mlflow.artifacts.download_artifacts(uri, tracking_uri=tracking_uri))
-    except Exception as error:  # stores and networks raise what they like; the person needs the name and the reason
-        raise BadInput(uri, f"cannot be fetched from the registry ({str(error).splitlines()[0][:200]})",
-                       "check the name, version or alias and --tracking-uri") from None
-    weights, tokenizer = logged / "model", logged / "components" / "tokenizer"
-    if not (weights / "config.json").is_file() or not tokenizer.is_dir():
+    logged = logged_model(uri, tracking_uri)
+    if not is_chat_model(logged):
         raise BadInput(uri, "is not a chat model that this package logged", "give a model registered by the train phase")
+    return joined(logged)
+
+
+def joined(logged: Path) -> Path:
+    """Return the weights and the tokenizer of a chat model as one folder."""
+    weights, tokenizer = logged / "model", logged / "components" / "tokenizer"
     target = cache_dir() / "registry" / tree_digest(logged)[:24]
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{target}.lock"):
@@ -78,3 +97,20 @@ def model_from_registry(uri: str, tracking_uri: str | None) -> Path:
             shutil.copytree(tokenizer, staged, dirs_exist_ok=True)
             os.replace(staged, target)
     return target
+
+# %% ../../nbs/core/registry.ipynb #8547c92f
+def pyfunc_from_logged(logged: Path) -> Path:
+    """Return a copy of an MLflow model's folder in the cache, under the digest of its files."""
+    store = cache_dir() / "pyfunc"
+    store.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=store) as temporary:
+        staged = Path(temporary) / "model"
+        for name, path in model_files(logged).items():
+            (staged / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, staged / name)
+        kept = store / tree_digest(staged)
+        with FileLock(f"{kept}.lock"):
+            if not kept.is_dir() or tree_digest(kept) != kept.name:
+                shutil.rmtree(kept, ignore_errors=True)
+                os.replace(staged, kept)
+    return kept

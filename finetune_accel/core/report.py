@@ -20,8 +20,8 @@ from .secrets import redact
 from .sources import KNOWN_PACKAGES, package_pin, scheme
 
 # %% auto #0
-__all__ = ['SYSTEMS', 'score_lines', 'verdict_sentences', 'engine_lines', 'systems_compared', 'not_shown', 'lineage',
-           'write_report']
+__all__ = ['SYSTEMS', 'score_lines', 'verdict_sentences', 'engine_lines', 'promotion_line', 'systems_compared', 'not_shown',
+           'lineage', 'write_report']
 
 # %% ../../nbs/core/report.ipynb #023e09c1
 def score_lines(scores: list[dict]) -> list[list[str]]:
@@ -76,6 +76,17 @@ SYSTEMS = {
     "base+K nearest": "the same, shown the K training examples nearest to each prompt, as retrieval would find them",
     "nearest": "copies the answer of the most similar training prompt",
     "classical": "TF-IDF and logistic regression, which can only name the label", "tuned": "the fine-tuned model"}
+
+
+def promotion_line(promoted: dict, folder: str | Path) -> str:
+    """Return where the version stands, what keeps it there, and the next command."""
+    broken = [check["check"] for check in promoted["checks"] if not check["held"]]
+    stands = f"version {promoted['version']} of {promoted['model']} is {promoted['moved'] or 'candidate'} in {promoted['environment']}"
+    if broken:
+        return f"promote: {stands}; what keeps it there: {', '.join(broken)} (see the report)"
+    if promoted["moved"] == "champion":
+        return f"promote: {stands}; back: finetune-accel rollback {folder} --why ..."
+    return f"promote: {stands}, all {len(promoted['checks'])} checks hold: finetune-accel promote {folder} --why ..."
 
 
 def systems_compared(scores: list[dict]) -> list[tuple[str, str]]:
@@ -153,7 +164,8 @@ def write_report(run: RunFolder) -> Path:
         systems=systems_compared(evaluated["scores"]) if evaluated else [],
         table=score_lines(evaluated["scores"]) if evaluated else [], sentences=verdict_sentences(evaluated) if evaluated else [],
         benchmark=score_lines(results["benchmark"]["scores"]) if "benchmark" in results else [], folder=str(run.path),
-        engines=engine_lines(results["serve"].get("engines", [])) if "serve" in results else [])
+        engines=engine_lines(results["serve"].get("engines", [])) if "serve" in results else [],
+        promotion=promotion_line(results["promote"], run.path) if "promote" in results else "")
     try:
         html = environment.from_string(template).render(facts)
     except UndefinedError as error:

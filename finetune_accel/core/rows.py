@@ -8,18 +8,20 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from .checks import check_content
+from .checks import check_content, hide_secrets
 from .errors import Broken
 from .formats import Form, to_record
 from .lengths import fit
 from .models import load_tokenizer
 from .blocks import Block
+from .secrets import redact
 from .similarity import BANDS, signatures
 from .splits import moment, number_of
 from .template import ControlTokens, control_tokens, token_counts
@@ -101,10 +103,13 @@ def _raw(row: Any) -> str:
         return ""
 
 # %% ../../nbs/core/rows.ipynb #2e9df22c
-def check_row(row: dict | Broken, rules: RowRules, control: ControlTokens) -> tuple[dict, dict] | Broken:
-    """Return (record with its fingerprint, findings) or why the row is set aside."""
+def check_row(row: dict | Broken, secrets: Counter, rules: RowRules, control: ControlTokens) -> tuple[dict, dict] | Broken:
+    """Return (record with its fingerprint, findings) or why the row is set aside; `secrets` are the kinds that were hidden in it."""
     if isinstance(row, Broken):
         return row
+    if secrets and rules.personal_data != "redact":
+        return Broken("secret", ", ".join(f"{count} {kind}" for kind, count in sorted(secrets.items())),
+                      "make it invalid where it came from and take it out of the row, or set prepare.personal_data to redact")
     record = to_record(row, rules.form)
     if isinstance(record, Broken):
         return record
@@ -114,7 +119,7 @@ def check_row(row: dict | Broken, rules: RowRules, control: ControlTokens) -> tu
         return checked
     record, findings = checked
     prints = fingerprint(record, rules)
-    return prints if isinstance(prints, Broken) else ({"last": True, **record, **prints}, findings)
+    return prints if isinstance(prints, Broken) else ({"last": True, **record, **prints}, findings | secrets)
 
 
 def _mended(row: dict | Broken) -> dict | Broken:
@@ -124,8 +129,8 @@ def _mended(row: dict | Broken) -> dict | Broken:
 
 # %% ../../nbs/core/rows.ipynb #9d08cbe9
 def _aside(place: dict, row: Any, broken: Broken, findings: dict) -> dict:
-    return {**place, "part": 0, "last": True, "kept": False, **broken._asdict(), "findings": json.dumps(findings), "tokens": 0,
-            "cut_tokens": 0, "raw": _raw(row), "id": "", "key": 0, "asked": 0, "group_number": 0, "when": 0.0, "prompt": "", "response": "",
+    return {**place, "part": 0, "last": True, "kept": False, **broken._asdict(), "detail": redact(broken.detail),
+            "findings": json.dumps(findings), "tokens": 0, "cut_tokens": 0, "raw": _raw(row), "id": "", "key": 0, "asked": 0, "group_number": 0, "when": 0.0, "prompt": "", "response": "",
             "messages": [], "group": "", "label": "", "said": "", **dict.fromkeys(BAND_COLUMNS, 0)}
 
 
@@ -146,8 +151,12 @@ def _lines(place: dict, row: Any, record: dict, findings: dict, tokens: int, rul
 def check_block(block: Block, rules: RowRules, late: bool = False) -> pa.RecordBatch:
     """Return the block's rows in the schema CHECKED, in order."""
     tokenizer, control = _tools(rules.model_folder)
-    rows = [(number, _mended(row)) for number, row in block.rows()]
-    checked = [check_row(row, rules, control) for _, row in rows]
+    rows, checked = [], []
+    for number, raw in block.rows():
+        secrets = Counter()
+        row = hide_secrets(_mended(raw), secrets) if isinstance(raw, dict) else raw  # no step after this one has ever seen them
+        rows.append((number, row))
+        checked.append(check_row(row, secrets, rules, control))
     good = [outcome[0] for outcome in checked if not isinstance(outcome, Broken)]
     tokens, lines = iter(token_counts(tokenizer, good) if good else []), []
     for (number, row), outcome in zip(rows, checked):

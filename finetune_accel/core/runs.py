@@ -16,7 +16,7 @@ import shutil
 import time
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Iterator
+from typing import TYPE_CHECKING, Any, Iterator
 
 from filelock import FileLock, Timeout
 from packaging.requirements import Requirement
@@ -24,6 +24,9 @@ from packaging.requirements import Requirement
 from .errors import BadInput
 from .settings import PhaseSettings
 from .sources import tree_digest
+
+if TYPE_CHECKING:
+    from finetune_accel.core.decision_log import DecisionLog
 
 # %% auto #0
 __all__ = ['HOLDS_LOCK', 'resolve_run_dir', 'write_json', 'read_json', 'package_folder', 'notebook_code', 'imported_modules',
@@ -166,20 +169,30 @@ class RunFolder:
     def restore(self, phase: str, key: str) -> dict | None:
         """Make an earlier whole result with this key the current one and return it, or None if there is none."""
         result = read_json(self.path / phase / key / "result.json")
-        if result is None or not all(self._is_whole(output) for output in result["outputs"].values()):
+        if result is None or not all(self.is_whole(output) for output in result["outputs"].values()):
             return None
         if self.result(phase) != result:
             write_json(self.path / f"{phase}.json", result)
         return result
 
-    def note_opening(self, reason: str, model_digest: str) -> int:
-        """Write down that the test split is opened, why and for which model; return how often it has been."""
-        path = self.path / "test_openings.jsonl"
-        with open(path, "a") as file:
-            file.write(json.dumps({"when": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "reason": reason, "model": model_digest}) + "\n")
-        return len(path.read_text().splitlines())
+    @property
+    def decisions(self) -> DecisionLog:
+        """The engagement's decision log: beside the run folder, one for all its runs."""
+        from finetune_accel.core.decision_log import DecisionLog  # here: only who decides pays for cryptography
 
-    def _is_whole(self, output: dict) -> bool:
+        return DecisionLog(self.path.parent / "decisions" / self.need("plan")["settings"]["name"])
+
+    def note_opening(self, reason: str, model_digest: str) -> int:
+        """Write into the decision log that the test split is opened, why, for which model and by which criteria; return how often it has been."""
+        from finetune_accel.core.signing import own_key
+
+        test = self.need("prepare")["outputs"]["test.parquet"]["sha256"]
+        criteria = self.need("plan")["outputs"]["criteria.json"]["sha256"]
+        self.decisions.append(own_key(), "open test", test=test, model=model_digest, criteria=criteria, why=reason)
+        return sum(entry["action"] == "open test" and entry["test"] == test for entry in self.decisions.entries())
+
+    def is_whole(self, output: dict) -> bool:
+        """Return whether an output (path and sha256) is there as it was written."""
         path = self.path / output["path"]
         return path.exists() and tree_digest(path) == output["sha256"]
 

@@ -21,7 +21,7 @@ from .criteria import check_json_schema
 from .errors import BadInput
 from .following import Lag, follow
 from .formats import Form
-from .predictor import Predictor
+from .predictor import AnyPredictor, predictor_for
 from .progress import progress
 from .readers import open_source
 from .requests import TableParameters
@@ -60,6 +60,7 @@ class Job:
     """What is to be scored and how. `params` are those of a request to /invocations; `json_schema` is what each answer must follow.
 
     `token_cap` bounds the tokens of all questions and answers in `out`; `machine_hour` is the price of an hour of this machine, in `currency`.
+    `trusted` lets a model of another kind than ours run code of its own when it is loaded (`core.pyfunc`).
     """
 
     source: str
@@ -72,10 +73,11 @@ class Job:
     token_cap: Optional[int] = None
     machine_hour: Optional[float] = None
     currency: str = "EUR"
+    trusted: bool = False
 
-    def predictor(self) -> Predictor:
+    def predictor(self) -> AnyPredictor:
         """Return the model in memory; `close` it. Raises BadInput."""
-        return Predictor(self.target, self.engine, self.params)
+        return predictor_for(self.target, self.engine, self.params, self.trusted)
 
     def __post_init__(self) -> None:
         if self.json_schema is not None:
@@ -117,7 +119,7 @@ def known_ids(out: Path) -> Ids:
     return Scored(out).ids if DeltaTable.is_deltatable(str(out)) else Ids()
 
 
-def dry_run(job: Job, predictor: Predictor) -> Estimate:
+def dry_run(job: Job, predictor: AnyPredictor) -> Estimate:
     """Read the source and answer a sample of it; nothing is written. Raises BadInput."""
     return estimate(open_source(job.source).blocks(), predictor, job.form, known_ids(job.out), job.machine_hour)
 
@@ -131,7 +133,7 @@ def _note(job: Job, counts: Counts, total: int, seconds: float) -> str:
     return f"{rate:,.1f} rows/s, {counts.prompt_tokens + counts.completion_tokens:,} tokens, {left}{price}, {counts.set_aside} set aside"
 
 
-def run_job(job: Job, predictor: Predictor) -> Counts:
+def run_job(job: Job, predictor: AnyPredictor) -> Counts:
     """Score all rows of the source that are not in the table yet. Raises BadInput for what cannot be read, asked or written."""
     opened = open_source(job.source)
     with writing(job.out) as scored:
@@ -158,7 +160,7 @@ def _every_second(report: Callable[[Counts], None]) -> Callable[[Counts], None]:
     return maybe
 
 
-def follow_job(job: Job, predictor: Predictor, told: Callable[[Counts, Lag], None], stop: threading.Event | None = None,
+def follow_job(job: Job, predictor: AnyPredictor, told: Callable[[Counts, Lag], None], stop: threading.Event | None = None,
                poll_seconds: float = 1.0) -> Counts:
     """Score a Delta table and what is added to it until a signal, `stop` or the cap ends it; `told` hears of each commit. Raises BadInput."""
     with writing(job.out) as scored:
@@ -187,7 +189,7 @@ def spark_job(job: Job, workers: int, told: Callable[[Counts], None], checkpoint
     if job.token_cap is not None:
         raise BadInput("--token-cap", "is counted by one process, and workers ask at the same time", "leave out --spark, or limit the source")
     target = str(Path(job.target).absolute()) if Path(job.target).exists() else job.target  # a worker's own folder may be another
-    there = SparkJob(target, job.engine, job.params, job.form, job.json_schema, {path: name for name, path in opened.parquet})
+    there = SparkJob(target, job.engine, job.params, job.form, job.json_schema, {path: name for name, path in opened.parquet}, job.trusted)
 
     def add(found: Counts) -> None:
         for key in ("rows", "answered", "set_aside", "known", "prompt_tokens", "completion_tokens"):

@@ -24,8 +24,9 @@ from .criteria import schema_validator
 from .errors import BadInput, Broken
 from .formats import Form
 from .metrics import parse_json
-from .predictor import Answer, Predictor, refused
-from .questions import question, row_id, row_text
+from .predictor import Answer, AnyPredictor, refused
+from .questions import row_id, row_text
+from .secrets import redact
 
 # %% auto #0
 __all__ = ['COMMIT_ROWS', 'COMMIT_SECONDS', 'LONGEST_RAW', 'SAMPLE', 'Tables', 'Counts', 'Item', 'settings_digest',
@@ -98,7 +99,7 @@ class Scorer:
     Set `stop` (an Event) to end a job early. Raises BadInput if the table has answers of another model, or to another way of asking, unless `mixed`.
     """
 
-    def __init__(self, predictor: Predictor, form: Form, tables: Tables, json_schema: Optional[dict] = None, token_cap: Optional[int] = None,
+    def __init__(self, predictor: AnyPredictor, form: Form, tables: Tables, json_schema: Optional[dict] = None, token_cap: Optional[int] = None,
                  mixed: bool = False):
         self.stop, self.capped = threading.Event(), False
         self.predictor, self.form, self.tables, self.token_cap = predictor, form, tables, token_cap
@@ -150,12 +151,13 @@ class Scorer:
                     return
                 row = parse_row(raw) if isinstance(raw, bytes) else raw
                 place = f"{block.source}:{number}"
-                text = row_text(row) if isinstance(row, dict) else (raw if isinstance(raw, bytes) else b"").decode(errors="replace")[:LONGEST_RAW]
+                text = redact(row_text(row) if isinstance(row, dict) else (raw if isinstance(raw, bytes) else b"").decode(errors="replace"))
+                text = text if isinstance(row, dict) else text[:LONGEST_RAW]
                 item = Item(row_id(row, raw, place), block.source, number, text)
                 if item.id in self._taken or item.id in self.tables.ids:
                     self.counts.rows, self.counts.known = self.counts.rows + 1, self.counts.known + 1
                     continue
-                prompt = question(row, self.form)
+                prompt = self.predictor.question(row, self.form)
                 try:
                     ask = prompt if isinstance(prompt, Broken) else self.predictor.ask(prompt)
                 except BadInput as error:
@@ -182,9 +184,10 @@ class Scorer:
         """Note why a row, or the answer to it, cannot be used."""
         self.counts.set_aside += 1
         self.counts.rules[broken.rule] += 1
-        self._aside.append({"id": item.id, "place": f"{item.source}:{item.number}", "rule": broken.rule, "detail": broken.detail, "fix": broken.fix,
+        detail = redact(broken.detail)
+        self._aside.append({"id": item.id, "place": f"{item.source}:{item.number}", "rule": broken.rule, "detail": detail, "fix": broken.fix,
                             "row": item.text, "scored_at": datetime.now(timezone.utc)})
-        self._add(item, answer, f"{broken.rule}: {broken.detail}")
+        self._add(item, answer, f"{broken.rule}: {detail}")
 
     def _keep(self, item: Item, answer: Answer) -> None:
         problem = schema_problem(self.validator, answer.text) if self.validator else None
@@ -199,7 +202,8 @@ class Scorer:
 
     def _add(self, item: Item, answer: Optional[Answer], error: Optional[str]) -> None:
         written = answer or Answer(None, None, None, None)
-        self._rows.append({"id": item.id, "source": item.source, "row_number": item.number, "row": item.text, "response": written.text,
+        text = written.text and redact(written.text)
+        self._rows.append({"id": item.id, "source": item.source, "row_number": item.number, "row": item.text, "response": text,
                            "finish_reason": written.finish_reason, "prompt_tokens": written.prompt_tokens,
                            "completion_tokens": written.completion_tokens, "error": error, "model": self.predictor.name,
                            "model_version": self.predictor.version, "model_sha256": self.predictor.sha256, "engine": self.predictor.engine_name,
@@ -245,7 +249,7 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def estimate(blocks: Iterable[Block], predictor: Predictor, form: Form, known: Any, machine_hour: Optional[float] = None) -> Estimate:
+def estimate(blocks: Iterable[Block], predictor: AnyPredictor, form: Form, known: Any, machine_hour: Optional[float] = None) -> Estimate:
     """Read all rows, answer a sample of those whose ids are not in `known`, and write nothing. `machine_hour` is a price."""
     rows = there = refusals = fresh = 0
     sample: list[tuple[int, int, Any]] = []  # (minus the id, a number that breaks ties, prompt): a heap whose first is the largest id
@@ -256,7 +260,7 @@ def estimate(blocks: Iterable[Block], predictor: Predictor, form: Form, known: A
             name, rows = row_id(row, raw, f"{block.source}:{number}"), rows + 1
             if name in known:
                 there += 1
-            elif isinstance(prompt := question(row, form), Broken):
+            elif isinstance(prompt := predictor.question(row, form), Broken):
                 refusals += 1
             else:
                 fresh += 1
@@ -276,7 +280,7 @@ def estimate(blocks: Iterable[Block], predictor: Predictor, form: Form, known: A
     return Estimate(rows, there, refusals, limits, seconds, None if machine_hour is None else machine_hour * seconds / 3600, len(sample))
 
 
-def _askable(predictor: Predictor, prompts: list) -> Iterator[tuple[int, Any]]:
+def _askable(predictor: AnyPredictor, prompts: list) -> Iterator[tuple[int, Any]]:
     for number, prompt in enumerate(prompts):
         try:
             yield number, predictor.ask(prompt)

@@ -5,10 +5,13 @@
 # %% ../../nbs/core/secrets.ipynb #f7b65589
 from __future__ import annotations
 
+import logging
+import os
 import re
 
 # %% auto #0
-__all__ = ['SECRET_PATTERNS', 'SECRET_KEY_NAME', 'find_secret', 'redact']
+__all__ = ['SECRET_PATTERNS', 'SECRET_STARTS', 'SECRET_KEY_NAME', 'SHORTEST_NAMED', 'secrets_in', 'find_secret', 'named_secrets',
+           'redact', 'CleanFormatter']
 
 # %% ../../nbs/core/secrets.ipynb #58b5bedb
 # Every part that can repeat is bounded or starts at one place only: a hostile text of a megabyte must not take minutes.
@@ -26,23 +29,76 @@ SECRET_PATTERNS = {
     "Stripe key": r"\b[rs]k_(?:live|test)_[0-9A-Za-z]{16,}\b",
     "npm token": r"\bnpm_[A-Za-z0-9]{36}\b",
     "PyPI token": r"\bpypi-AgE[A-Za-z0-9_-]{50,}",
-    "Azure storage key": r"\bAccountKey=[A-Za-z0-9/+]{86}==",
+    "Azure storage key": r"\b(?:AccountKey|SharedAccessKey)=[A-Za-z0-9/+]{43,86}={1,2}",
+    "Azure shared access signature": r"[?&;]sig=[A-Za-z0-9/+%]{40,100}(?:=|%3[Dd])",
     "SendGrid key": r"\bSG\.[A-Za-z0-9_-]{22}\.[A-Za-z0-9_-]{43}(?![A-Za-z0-9_-])",
     # with its body, so that redacting leaves nothing of the key behind
     "private key": r"-----BEGIN [A-Z ]{0,40}PRIVATE KEY-----(?:(?:[^-]|-(?!----)){0,8000}-----END [A-Z ]{0,40}PRIVATE KEY-----)?",
     "JSON web token": r"(?<![A-Za-z0-9_-])eyJ[A-Za-z0-9_-]{10,}\.eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}",
-    "password in a connection string": r"\b[a-z][a-z0-9+.-]{0,20}://[^/\s:@]{1,200}:[^@\s/]{1,200}@",
+    # a user may be missing (redis://:hunter2@host), and a password has what people put there; digits before a path are a port
+    "password in a connection string": r"\b(?i:[a-z])[A-Za-z0-9+.-]{0,20}://[^/\s:@]{0,200}:(?:[^\s/]{1,200}|(?!\d{1,5}\b)\S{1,200})@",
+    "password": r"(?i:(?<![a-z0-9-])(?:password|passwd|pwd)=)[^\s;&,\"'<>(){}$\\]{4,200}",  # of JDBC, ODBC and libpq
+    "authorization header": r"(?i:\bauthorization[\"']?\s{0,3}[:=]\s{0,3}[\"']?(?:bearer|basic|token)\s{1,3})[A-Za-z0-9._~+/=-]{8,4096}"
+                            r"|(?i:\bbearer\s{1,3})[A-Za-z._~+/-]{0,64}[0-9][A-Za-z0-9._~+/-]{15,4096}={0,2}",
 }
+# Of each kind the letters, in lower case, that it always has: looking for them is a hundred times cheaper than the pattern.
+SECRET_STARTS = {
+    "Databricks token": ("dapi",), "Hugging Face token": ("hf_",), "OpenAI-style key": ("sk-",), "AWS access key": ("akia", "asia"),
+    "AWS secret key": ("access",), "GitHub token": ("ghp_", "gho_", "ghu_", "ghs_", "ghr_", "github_pat_"), "GitLab token": ("glpat-",),
+    "Slack token": ("xox",), "Slack webhook": ("hooks.slack",), "Google API key": ("aiza",), "Stripe key": ("k_live_", "k_test_"),
+    "npm token": ("npm_",), "PyPI token": ("pypi-age",), "Azure storage key": ("accountkey=", "sharedaccesskey="),
+    "Azure shared access signature": ("sig=",), "SendGrid key": ("sg.",), "private key": ("-----begin",), "JSON web token": ("eyj",),
+    "password in a connection string": ("://",), "password": ("word=", "wd="),
+    "authorization header": ("bearer", "authorization")}
 SECRET_KEY_NAME = re.compile(r"(password|passwd|secret|api_?key|access_?key|auth_?token|^token$|_token$)", re.IGNORECASE)
+
+
+# In the repr of a text of several lines, or in JSON, a credential at the beginning of a line has the letter of \\n before it.
+_BEGINNING = re.compile(r"\\b|\(\?<!\[[^]]*\]\)")
+_COMPILED = {kind: (SECRET_STARTS[kind], re.compile(_BEGINNING.sub(lambda found: rf"(?:{found.group()}|(?<=\\[nrt]))", pattern)))
+             for kind, pattern in SECRET_PATTERNS.items()}
+
+
+def secrets_in(text: str) -> list[tuple[str, int, int]]:
+    """Return (kind, start, end) of each credential in `text`."""
+    lower = text.lower()
+    return [(kind, *found.span()) for kind, (starts, pattern) in _COMPILED.items() if any(start in lower for start in starts)
+            for found in pattern.finditer(text)]
 
 
 def find_secret(text: str) -> str | None:
     """Return the kind of credential that `text` contains, or None."""
-    return next((kind for kind, pattern in SECRET_PATTERNS.items() if re.search(pattern, text)), None)
+    lower = text.lower()
+    return next((kind for kind, (starts, pattern) in _COMPILED.items() if any(start in lower for start in starts) and pattern.search(text)), None)
+
+# %% ../../nbs/core/secrets.ipynb #50a499d5
+SHORTEST_NAMED = 8  # characters; a shorter value is likely to be found in a text that has nothing to do with it
+
+
+def named_secrets() -> dict[str, str]:
+    """Return {value: name} of the environment variables whose name asks for a credential, longest value first."""
+    found = {value: name for name, value in os.environ.items() if len(value) >= SHORTEST_NAMED and SECRET_KEY_NAME.search(name)}
+    return {value: found[value] for value in sorted(found, key=len, reverse=True)}
 
 
 def redact(text: str) -> str:
-    """Replace each credential in `text` by its kind in angle brackets."""
-    for kind, pattern in SECRET_PATTERNS.items():
-        text = re.sub(pattern, f"<{kind}>", text)
+    """Replace each credential in `text`, by its form or from the environment, by its kind in angle brackets."""
+    for value, name in named_secrets().items():
+        text = text.replace(value, f"<${name}>")
+    lower = text.lower()
+    for kind, (starts, pattern) in _COMPILED.items():
+        if any(start in lower for start in starts):
+            text = pattern.sub(f"<{kind}>", text)
     return text
+
+
+class CleanFormatter(logging.Formatter):
+    """Writes log records as `inner` does (tracebacks with them), without credentials."""
+
+    def __init__(self, inner: logging.Formatter | None = None):
+        super().__init__()
+        self.inner = inner or logging.Formatter()
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the record as text."""
+        return redact(self.inner.format(record))

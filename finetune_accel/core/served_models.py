@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 from .errors import BadInput
 from .live import Ask, Worker
 from .runs import RunFolder
+from .served_tables import TableWorker, load_table_worker
 from .sources import tree_digest
 from .targets import alias_of, resolve_target, version_behind
 
@@ -61,16 +62,18 @@ class Loaded(NamedTuple):
     """A model in memory: its version, its worker, since when (unix seconds), and the versions of its adapters."""
 
     version: str
-    worker: Worker
+    worker: Worker | TableWorker
     started: int
     adapters: dict[str, str]
 
 
-def load(target: str, engine: str, adapters: dict[str, str], waiting: int) -> tuple[str, Loaded]:
+def load(target: str, engine: str, adapters: dict[str, str], waiting: int, trusted: bool = False) -> tuple[str, Loaded]:
     """Return (name, model in memory that has written an answer) of a target. Blocks; not for a thread with an event loop. Raises BadInput."""
     from finetune_accel.core.engine_process import EngineProcess  # torch takes seconds to import
 
     model, folders = resolve_target(target), {name: Path(folder) for name, folder in adapters.items()}
+    if model.pyfunc:
+        return model.name, Loaded(model.version, load_table_worker(model.folder, engine, adapters, waiting, trusted), int(time.time()), {})
     versions = {name: tree_digest(folder)[:12] for name, folder in folders.items()}
     worker = Worker(EngineProcess(engine, model.folder, folders), waiting)
     try:
@@ -97,13 +100,18 @@ def in_thread(call: Callable[..., Any], *arguments: Any) -> Future:
 
 # %% ../../nbs/core/served_models.ipynb #1b19eb3e
 class Served(NamedTuple):
-    """A model as a request meets it. `worker.engine` has tokenizer, model, name and dtype; `adapter` goes into each Ask."""
+    """A model as a request meets it. `worker.engine` has name and dtype, and tokenizer and model if it `chats`; `adapter` goes into each Ask."""
 
     name: str
     version: str
-    worker: Worker
+    worker: Worker | TableWorker
     started: int  # unix seconds
     adapter: str | None = None
+
+    @property
+    def chats(self) -> bool:
+        """Whether this is a language model; others answer tables (`core.served_tables`)."""
+        return not isinstance(self.worker, TableWorker)
 
 
 @dataclass
@@ -118,6 +126,7 @@ class Model:
     failed_version: str | None = None
     retry_at: float = 0.0  # on the monotonic clock
     unreachable: bool = False  # the registry, when it was last asked
+    trusted: bool = False  # to run code of its own when it is loaded, if it is a model of another kind (core.pyfunc)
 
     def served(self) -> list[Served]:
         """Return the model and its adapters as requests meet them."""
@@ -154,7 +163,7 @@ async def newer(model: Model, waiting: int) -> Loaded | None:
     target = f"models:/{alias_of(model.target)[0]}/{version}"
     log.warning("%s: the alias has moved from version %s to %s, which is being loaded", model.target, model.now.version, version)
     try:
-        _, loaded = await asyncio.wrap_future(in_thread(load, target, model.engine, model.adapters, waiting))
+        _, loaded = await asyncio.wrap_future(in_thread(load, target, model.engine, model.adapters, waiting, model.trusted))
     except Exception as error:  # whatever is wrong with a new version, the old one goes on
         log.error("%s cannot be served (%s: %s); version %s stays", target, type(error).__name__, error, model.now.version)
         model.failed_version, model.retry_at = version, time.monotonic() + RETRY_SECONDS
@@ -237,18 +246,19 @@ class Models:
 
 # %% ../../nbs/core/served_models.ipynb #0680637a
 def load_models(target: str, engine: str | None = None, also: dict[str, str] | None = None, adapters: dict[str, str] | None = None,
-                waiting: int = 64) -> Models:
+                waiting: int = 64, trusted: bool = False) -> Models:
     """Load what a server is to serve; blocks until each model has written an answer. Raises BadInput, EngineDown.
 
     `engine` None is the one with which each target was measured. `also` are more models ({name: target}), each with a worker of its own;
-    `adapters` ({name: adapter folder}) are more names for the first. At most `waiting` answers wait for a place in each model.
+    `adapters` ({name: adapter folder}) are more names for the first. At most `waiting` answers wait for a place in each model. `trusted` lets models
+    of another kind run code of their own when they are loaded (`core.pyfunc`).
     """
     models = Models([], waiting)
     try:
         for name, source in {None: target, **(also or {})}.items():
             mine, kind = {} if models.models else adapters or {}, engine or measured_engine(source)
-            found, now = in_thread(load, source, kind, mine, waiting).result()
-            models.models.append(Model(name or found, source, kind, mine, now))
+            found, now = in_thread(load, source, kind, mine, waiting, trusted).result()
+            models.models.append(Model(name or found, source, kind, mine, now, trusted=trusted))
             if twice := [name for name, times in Counter(models.names).items() if times > 1]:
                 raise BadInput(f"the name {twice[0]!r}", "is given to two models", "choose another name for one of them")
     except BaseException:

@@ -9,6 +9,7 @@ import asyncio
 import base64
 import gc
 import hashlib
+import logging
 import os
 import re
 import socket
@@ -27,13 +28,14 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from .. import __version__
 from .errors import BadInput
-from .front import Front, answer
+from .front import Front, answer, predict
 from .gate import OPEN, Gate, StrictRoute, is_loopback
 from .inference_table import InferenceTable
 from .request_log import RequestLog
 from .requests import ChatRequest, CompletionRequest, TableRequest, read_invocation
 from .responses import (
     ChatCompletion, Completion, DatabricksError, ErrorBody, Predictions, Refused, error_response, invalid)
+from .secrets import CleanFormatter
 from .served_models import Models, Served, load_models
 from .server_metrics import Metrics
 
@@ -78,18 +80,22 @@ def _invocation_routes(app: FastAPI, front: Front) -> None:
     @app.post("/invocations", **more)
     async def invocations(request: Request, body: dict[str, Any] = Body()) -> Any:
         """Answer a conversation, go on with texts, or answer the rows of a table, as MLflow's server does."""
-        return await answer(front, read_invocation(body), request)
+        return await invoke(request, body, None)
 
     @app.post("/serving-endpoints/{name:path}/invocations", **more)
     async def endpoint_invocations(name: str, request: Request, body: dict[str, Any] = Body()) -> Any:
         """Do the same by the model `name`."""
-        return await answer(front, read_invocation(body), request, name)
+        return await invoke(request, body, name)
+
+    async def invoke(request: Request, body: dict[str, Any], name: str | None) -> Any:
+        chats = next((served.chats for served in front.models.served() if name in (None, served.name)), True)
+        return await (answer(front, read_invocation(body), request, name) if chats else predict(front, body, request, name))
 
 # %% ../../nbs/core/server.ipynb #b37d0289
 def as_endpoint(served: Served) -> dict:
     """Return a model as Databricks describes a serving endpoint."""
     entity = {"name": served.name, "entity_name": served.name, "entity_version": served.version, "state": {"deployment": "DEPLOYMENT_READY"}}
-    return {"name": served.name, "id": served.name, "creation_timestamp": 1000 * served.started, "task": "llm/v1/chat",
+    return {"name": served.name, "id": served.name, "creation_timestamp": 1000 * served.started, **({"task": "llm/v1/chat"} if served.chats else {}),
             "state": {"ready": "READY", "config_update": "NOT_UPDATING"}, "config": {"served_entities": [entity], "config_version": 1}}
 
 
@@ -314,11 +320,12 @@ def bound_socket(host: str, port: int) -> socket.socket:
 
 def serve(target: str, host: str = "127.0.0.1", port: int = 8000, token: Optional[str] = None, engine: Optional[str] = None,
           also: dict[str, str] | None = None, adapters: dict[str, str] | None = None, table: Path | None = None, waiting: int = 64,
-          no_token: bool = False) -> None:
+          no_token: bool = False, trusted: bool = False) -> None:
     """Serve a target (`core.targets`) until SIGTERM or Ctrl-C; answers under way are finished first (at most 30 s).
 
     `also` are more models by name, `adapters` more names for the first; `table` is the folder of a Delta table in which every request leaves
     a row. `no_token` says that whoever stands before the server lets callers in (a platform's gateway), so that it asks for no token.
+    `trusted` lets a model of another kind than ours run code of its own when it is loaded (`core.pyfunc`).
     Raises BadInput for what cannot be loaded, a taken port, and a host beyond this machine without a token.
     """
     token = None if no_token else token or os.environ.get(TOKEN_VARIABLE)
@@ -326,10 +333,12 @@ def serve(target: str, host: str = "127.0.0.1", port: int = 8000, token: Optiona
         raise BadInput(f"serve host {host}", "can be reached from other machines, so a token is required",
                        f"set {TOKEN_VARIABLE}, or serve on 127.0.0.1")
     bound = bound_socket(host, port)
-    models = load_models(target, engine, also, adapters, waiting)
+    models = load_models(target, engine, also, adapters, waiting, trusted)
     app = create_app(models, token, InferenceTable(table, token=token) if table else None)
     config = uvicorn.Config(app, http=Impatient, timeout_graceful_shutdown=5, limit_concurrency=1024, server_header=False, access_log=False,
                             log_level="warning")
+    for handler in (*logging.getLogger("uvicorn").handlers, logging.lastResort):
+        handler.setFormatter(CleanFormatter(handler.formatter))
     print(f"{', '.join(models.names)} answers on http://{host}:{bound.getsockname()[1]}/v1", flush=True)
     gc.freeze()  # else a body of a million values makes the collector walk through all that was imported, again and again: seconds
     Draining(config, app.state.front).run(sockets=[bound])

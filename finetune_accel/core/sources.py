@@ -20,9 +20,9 @@ from filelock import FileLock
 from .errors import BadInput
 
 # %% auto #0
-__all__ = ['KNOWN_PACKAGES', 'TERMS', 'HUB_DATASET', 'file_digest', 'tree_digest', 'scheme', 'local_path', 'package_pin',
-           'source_digest', 'hub_revision', 'data_path', 'DeltaTable', 'delta_table', 'delta_digest', 'cache_dir',
-           'fetch_package']
+__all__ = ['KNOWN_PACKAGES', 'TERMS', 'HUB_DATASET', 'file_digest', 'files_digest', 'tree_digest', 'scheme', 'local_path',
+           'package_pin', 'source_digest', 'hub_revision', 'data_path', 'DeltaTable', 'delta_table', 'delta_digest',
+           'cache_dir', 'fetch_package']
 
 # %% ../../nbs/core/sources.ipynb #e5f1ee0d
 def file_digest(path: Path) -> str:
@@ -31,13 +31,17 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def files_digest(files: dict[str, Path]) -> str:
+    """Return the SHA-256 of names and contents."""
+    lines = [f"{name} {file_digest(files[name])}" for name in sorted(files)]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
 def tree_digest(path: Path) -> str:
     """Return the SHA-256 of a file, or of a folder's relative file names and contents."""
     if path.is_file():
         return file_digest(path)
-    names = sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file())
-    lines = [f"{name} {file_digest(path / name)}" for name in names]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    return files_digest({p.relative_to(path).as_posix(): p for p in path.rglob("*") if p.is_file()})
 
 # %% ../../nbs/core/sources.ipynb #6012807f
 # Packages whose content we know: version and SHA-256 of the wheel, and the licence its metadata states.

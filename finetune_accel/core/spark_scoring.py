@@ -23,8 +23,8 @@ from .scoring import Counts, Scorer
 from .tables import batch_rows
 
 # %% auto #0
-__all__ = ['FOUND', 'CHUNK_ROWS', 'SPARK_TYPES', 'PLACES', 'SparkJob', 'Found', 'answer_batches', 'append_found', 'chunks',
-           'score_in_spark', 'follow_in_spark']
+__all__ = ['FOUND', 'CHUNK_ROWS', 'SPARK_TYPES', 'PLACES', 'FILES_A_BATCH', 'SparkJob', 'Found', 'answer_batches', 'append_found',
+           'chunks', 'score_in_spark', 'follow_in_spark']
 
 # %% ../../nbs/core/spark_scoring.ipynb #43cfa004
 FOUND = pa.schema([*SCORED, pa.field("place", pa.string()), pa.field("rule", pa.string()), pa.field("detail", pa.string()),
@@ -42,6 +42,7 @@ class SparkJob:
     form: Form
     json_schema: Optional[dict]
     names: dict[str, str]  # path -> name of a file
+    trusted: bool = False
 
 
 class Found:
@@ -64,11 +65,11 @@ class Found:
 
 
 @functools.cache
-def _predictor(target: str, engine: Optional[str], params: str) -> Any:
+def _predictor(target: str, engine: Optional[str], params: str, trusted: bool) -> Any:
     """Return the model of a worker's process, loaded once."""
-    from finetune_accel.core.predictor import Predictor
+    from finetune_accel.core.predictor import predictor_for
 
-    return Predictor(target, engine, TableParameters.model_validate_json(params))
+    return predictor_for(target, engine, TableParameters.model_validate_json(params), trusted)
 
 
 def _blocks(batches: Iterator[pa.RecordBatch], names: dict[str, str]) -> Iterator[Any]:
@@ -86,7 +87,7 @@ def _blocks(batches: Iterator[pa.RecordBatch], names: dict[str, str]) -> Iterato
 def answer_batches(batches: Iterator[pa.RecordBatch], job: SparkJob, known: Any) -> Iterator[pa.RecordBatch]:
     """Answer Spark's batches of rows: this runs in a worker. `known` are ids that are not asked."""
     found = Found(known)
-    Scorer(_predictor(job.target, job.engine, job.params.model_dump_json()), job.form, found, job.json_schema).score(_blocks(batches, job.names))
+    Scorer(_predictor(job.target, job.engine, job.params.model_dump_json(), job.trusted), job.form, found, job.json_schema).score(_blocks(batches, job.names))
     yield found.take()
 
 # %% ../../nbs/core/spark_scoring.ipynb #b105dd9d
@@ -149,15 +150,17 @@ def score_in_spark(files: list[tuple[str, str]], job: SparkJob, scored: Scored, 
         told(append_found(scored, _answered(frame, job, scored.ids, workers)))
 
 # %% ../../nbs/core/spark_scoring.ipynb #e6fc0038
-def follow_in_spark(folder: Path, job: SparkJob, scored: Scored, checkpoint: Path, workers: int, told: Callable[[int, Counts], None],
-                    files_a_batch: int = 8) -> Any:
+FILES_A_BATCH = 8
+
+
+def follow_in_spark(folder: Path, job: SparkJob, scored: Scored, checkpoint: Path, workers: int, told: Callable[[int, Counts], None]) -> Any:
     """Start to score the Parquet files of `folder` and those that are added; return Spark's StreamingQuery. `told` hears each batch's counts.
 
     A column that is added to the files is read after the next start, as Spark fixes a stream's columns when it starts.
     """
     spark = spark_session()
     rows = spark.readStream.schema(spark.read.option("mergeSchema", "true").parquet(str(folder)).schema) \
-        .option("maxFilesPerTrigger", files_a_batch).parquet(str(folder)).selectExpr(*PLACES)
+        .option("maxFilesPerTrigger", FILES_A_BATCH).parquet(str(folder)).selectExpr(*PLACES)
 
     def batch(frame: Any, number: int) -> None:
         stream = json.loads((checkpoint / "metadata").read_text())["id"]  # stays the same as long as the checkpoint

@@ -11,22 +11,24 @@ from typing import NamedTuple
 
 from .errors import BadInput
 from .runs import RunFolder
+from .secrets import redact
 from .sources import hub_revision, package_pin, scheme, tree_digest
 
 # %% auto #0
-__all__ = ['REGISTERED', 'Target', 'alias_of', 'version_behind', 'registered_target', 'resolve_target']
+__all__ = ['REGISTERED', 'Target', 'alias_of', 'version_behind', 'registered_target', 'check_store_named', 'resolve_target']
 
 # %% ../../nbs/core/targets.ipynb #5d920795
 class Target(NamedTuple):
     """A model that can be served: its folder, its name, and what tells its versions apart.
 
     `version` is the train phase's key of a run folder, the registry's version of `models:/`, the commit of `hf:`, the package's version of
-    `pypi:`, and otherwise the first 12 digits of the folder's SHA-256.
+    `pypi:`, and otherwise the first 12 digits of the folder's SHA-256. `pyfunc` says that it is an MLflow model of another kind (`core.pyfunc`).
     """
 
     folder: Path
     name: str
     version: str
+    pyfunc: bool = False
 
 # %% ../../nbs/core/targets.ipynb #62da426b
 REGISTERED = re.compile(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))")
@@ -47,7 +49,8 @@ def version_behind(name: str, alias: str) -> str:
 
 def registered_target(target: str) -> Target:
     """Return the model that `models:/name@alias` or `models:/name/version` names now. Raises BadInput."""
-    from finetune_accel.core.models import resolve_model
+    from finetune_accel.core.model_folders import check_model_folder
+    from finetune_accel.core.registry import is_chat_model, joined, logged_model, pyfunc_from_logged
 
     found = REGISTERED.fullmatch(target)
     if not found:
@@ -57,9 +60,21 @@ def registered_target(target: str) -> Target:
         try:
             version = version_behind(name, alias)
         except Exception as error:  # stores and networks raise what they like; the person needs the name and the reason
-            raise BadInput(target, f"cannot be looked up in the registry ({str(error).splitlines()[0][:200]})",
+            raise BadInput(target, f"cannot be looked up in the registry ({redact(str(error)).splitlines()[0][:200]})",
                            "check the name, the alias and MLFLOW_TRACKING_URI") from None
-    return Target(resolve_model(f"models:/{name}/{version}"), name, version)
+    logged = logged_model(f"models:/{name}/{version}", tracking_uri=None)
+    if is_chat_model(logged):
+        return Target(check_model_folder(joined(logged)), name, version)
+    check_store_named(target)
+    return Target(pyfunc_from_logged(logged), name, version, pyfunc=True)
+
+
+def check_store_named(target: str) -> None:
+    """Raise BadInput unless somebody named the store: the one that lies in the current folder may be anybody's, and such models are programs."""
+    import mlflow
+
+    if not mlflow.is_tracking_uri_set() and not mlflow.get_tracking_uri().startswith("databricks"):
+        raise BadInput(target, "is a model of another kind than this package trains, from a store that nobody named", "set MLFLOW_TRACKING_URI")
 
 # %% ../../nbs/core/targets.ipynb #3a5f9376
 def resolve_target(target: str) -> Target:

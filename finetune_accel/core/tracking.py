@@ -110,7 +110,7 @@ class Tracker:
                 if "locked" in str(error) and time.monotonic() < deadline:
                     time.sleep(0.2)
                     continue
-                self.problems.append(redact(f"{type(error).__name__}: {error}".splitlines()[0][:200]))
+                self.problems.append(redact(f"{type(error).__name__}: {error}").splitlines()[0][:200])
                 warnings.warn(f"MLflow could not log this, the run goes on: {self.problems[-1]}", stacklevel=2)
                 return None
 
