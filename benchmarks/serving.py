@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # for all sides: waiting threads must not burn a shared core
@@ -196,9 +197,12 @@ def log_for_mlflow(model: str) -> None:
 
 def machine() -> dict:
     """Return what ran where."""
+    import torch
+
+    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
     names = ["torch", "transformers", "openvino", "openvino-genai", "mlflow", "fastapi", "uvicorn"]
-    return {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count(), "python": platform.python_version(),
-            **{name: version(name) for name in names}}
+    return {"processor": platform.processor() or platform.machine(), **gpu, "cores": os.cpu_count(), "python": platform.python_version(),
+            **{name: version(name) for name in names if find_spec(name.replace("-", "_"))}}
 
 
 def medians(rounds: list[dict]) -> dict:

@@ -134,7 +134,7 @@ def test_run_all_in_jupyter_after_editing_the_parameters_cell(name, finished, tm
     cell.source += "\n" + "\n".join(f"{key} = {value!r}" for key, value in settings.model_dump(mode="json").items())
     NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()
     after = run.need(name)
-    assert after["key"] == before["key"] and after["started"] != before["started"]
+    assert (after["key"] == before["key"]) == (after["inputs"] == before["inputs"]) and after["started"] != before["started"]  # a new certificate is another input
     assert {k: v for k, v in after["metrics"].items() if "second" not in k and "memory" not in k} == \
            pytest.approx({k: v for k, v in before["metrics"].items() if "second" not in k and "memory" not in k}, rel=1e-3)
     assert not list(tmp_path.iterdir()), "nothing is written to the working folder"

@@ -78,6 +78,7 @@ def workspace(tmp_path_factory, judge):
     return folder
 
 
+@pytest.mark.slow
 def test_everything_at_once(workspace, judge):
     # a random model that saw 400 rows once meets some criteria and not others: exit 1
     output = finetune_accel("run", "mine.yaml", "--run-dir", workspace / "run", cwd=workspace, code=1)
@@ -104,6 +105,7 @@ def test_everything_at_once(workspace, judge):
     assert goals["recommended"].endswith("tiny")
 
 
+@pytest.mark.slow
 def test_people_and_another_criterion_join_and_nothing_is_asked_again(workspace, judge):
     (sheet,) = (workspace / "run/evaluate").glob("*/to_label.csv")
     rows = list(csv.DictReader(sheet.open(encoding="utf-8-sig")))

@@ -75,6 +75,7 @@ def customer(tmp_path_factory):
     tests = [{"text": row["prompt"], "expected": row["intent"], "group": row["template"]} for row in rows if row["template"] not in seen]
     pd.DataFrame(tests).to_parquet(folder / "tests.parquet")
     with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "pyspark.sql.connect", None)  # it takes a worker of pytest-xdist for a doctest, and ends it
         patch.setenv("MLFLOW_TRACKING_URI", uri)
         patch.setenv("FINETUNE_ACCEL_CACHE", str(folder / "cache"))
         patch.chdir(folder)
@@ -114,6 +115,7 @@ def test_judged_by_criteria_of_its_own(customer, tmp_path):
     assert abs(next(row["value"] for row in found["scores"] if (row["system"], row["criterion"]) == ("tuned", "exact_match")) - accuracy) < 1e-9
 
 
+@pytest.mark.slow
 def test_judged_against_another_version(customer, tmp_path):
     found = judge(customer, tmp_path / "a", against=version(1))
     assert found["verdicts"][0]["verdict"] == "better" and found["against"]["model"] == f"{NAME} 1"
@@ -164,6 +166,7 @@ def table(folder) -> list[dict]:
 SLOWLY = "from finetune_accel.core import scoring; scoring.COMMIT_ROWS = 25; from finetune_accel.core.cli import main; main()"
 
 
+@pytest.mark.slow
 def test_scored_by_the_command_line_killed_and_run_again(customer, tmp_path):
     """Each row once, bad rows set aside, whatever is killed: the child too ends with its job."""
     sentences = [f"{text} {turn}" for turn in ("now", "please") for text in dict.fromkeys(customer.sentences)][:2000]
@@ -200,6 +203,7 @@ def command(*arguments):
     return CliRunner().invoke(app, list(map(str, arguments)))
 
 
+@pytest.mark.slow
 def test_other_forms_of_rows_and_what_means_nothing_here(customer, tmp_path):
     (tmp_path / "in.csv").write_text("sentence\nturn on the lights\nclose the blinds\n")
     asked = ["score", tmp_path / "in.csv", "--model", version(2), "--out"]
@@ -254,6 +258,7 @@ def odd(customer):
     return log(customer, "odd", Odd(), python=True, example=pd.DataFrame({"text": ["a", "b"]}))
 
 
+@pytest.mark.slow
 def test_a_model_that_runs_its_own_code_needs_a_word(customer, odd, tmp_path):
     with pytest.raises(BadInput, match="to load this model is to run its loader mlflow.pyfunc.model.*--unpickle"):
         predictor_for(odd)
@@ -276,6 +281,7 @@ def test_a_store_that_nobody_named(customer, monkeypatch):
     assert targets.alias_of(f"models:/{NAME}@champion")
 
 
+@pytest.mark.slow
 def test_rows_that_a_model_cannot_bear(odd, tmp_path):
     texts = ["four", *["more"] * 30, "break", "last", "nothing", "die", "end"]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": text, "n": number}) + "\n" for number, text in enumerate(texts)))
@@ -335,6 +341,7 @@ def server(customer, tmp_path):
         process.wait()
 
 
+@pytest.mark.slow
 def test_served(customer, server):
     client, texts = server.client, ["turn on the lights in the kitchen", "close the blinds"]
     expected = mlflow.pyfunc.load_model(version(1)).predict(pd.DataFrame({"text": texts})).tolist()
@@ -358,6 +365,7 @@ def test_served(customer, server):
     assert "task" not in client.get(f"/api/2.0/serving-endpoints/{NAME}").json()
 
 
+@pytest.mark.slow
 def test_its_alias_moves_and_no_request_is_dropped(customer, server):
     texts, stop, seen = ["turn on the lights in the kitchen", "what is on my shopping list", "close the blinds"], threading.Event(), []
     expected = {mlflow.pyfunc.load_model(version(number)).predict(pd.DataFrame({"text": texts})).tolist().__repr__(): number for number in (1, 2)}
@@ -382,6 +390,7 @@ def test_its_alias_moves_and_no_request_is_dropped(customer, server):
     wait_until(lambda: len(psutil.Process(server.process.pid).children()) <= 2, 30)  # the old model's process has ended
 
 
+@pytest.mark.slow
 def test_a_model_that_dies_in_service_is_seen(server):
     (child,) = [one for one in psutil.Process(server.process.pid).children() if "spawn_main" in " ".join(one.cmdline())]
     child.kill()

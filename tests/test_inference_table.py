@@ -258,4 +258,4 @@ def test_the_servers_token_stands_in_no_column(tmp_path):
     table.write(row(1, **texts))
     assert table.close()
     (found,) = stored(tmp_path)
-    assert {found[name] for name in texts} == {"a <token> and Bearer <token>"}
+    assert {found[name] for name in texts} == {"a <token> and <authorization header>"}

@@ -148,6 +148,7 @@ def test_rows_that_hold_one_are_set_aside(place):
     assert searched(place) == []
 
 
+@pytest.mark.slow
 def test_a_failing_package_prints_its_error_without_them(place):
     folder, work, environment = place
     (work / "failing.yaml").write_text((work / "mine.yaml").read_text().replace("{metric: json_valid}", "{metric: validator, validator: leaky}"))

@@ -47,7 +47,7 @@ def opened(uri: str) -> Iterator[MlflowClient]:
         raise BadInput(uri, f"the store does not do that ({str(error).splitlines()[0][:300]})", "check the name, your rights and the store") from None
     finally:
         mlflow.set_tracking_uri(before[0])
-        mlflow.set_registry_uri(before[1])
+        mlflow.set_registry_uri(before[1] if before[1] != registry_of(before[0]) else "")  # "": whatever belongs to the tracking URI
         if variable is None:  # MLflow sets it, and whoever is started next would look here
             os.environ.pop("MLFLOW_REGISTRY_URI", None)
 
