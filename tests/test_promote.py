@@ -446,6 +446,7 @@ def test_the_commands(finished, tmp_path, monkeypatch):
     assert keys["ada"].fingerprint in call("ada", "key")
     assert "GRANT" in call("ada", "policy", tmp_path / "policy.yml", "--grants", "prod.default.mine")
     assert "is none of promote.environments" in call("ada", "promote", run, "--why", "x", "--environment", "moon", code=2)
+    assert "ada may not serve" in call("ada", "serve", run, "--policy", tmp_path / "policy.yml", code=2)
     assert os.listdir(tmp_path / "decisions") == ["mine"]
 
 

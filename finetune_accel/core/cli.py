@@ -206,8 +206,14 @@ def serve(target: str, host: str = "127.0.0.1", port: Annotated[int, typer.Optio
           adapter: Annotated[list[str], typer.Option(help="NAME=FOLDER: a LoRA adapter on TARGET, asked by its name")] = [],
           table: Annotated[Optional[Path], typer.Option(help="folder of the Delta table in which each request leaves a row")] = None,
           no_token: Annotated[bool, typer.Option("--no-token", help="ask for no token: a gateway before it lets callers in")] = False,
+          policy: Annotated[Optional[Path], typer.Option(help="policy file: whoever starts the server must have the right `serve`")] = None,
           unpickle: Unpickle = False) -> None:
     """Serve a run folder, models:/name@alias or model folder as a REST API; the token is read from $FINETUNE_ACCEL_TOKEN."""
+    if policy:
+        from finetune_accel.core.policy import load_policy
+        from finetune_accel.core.signing import own_key
+
+        load_policy(policy).require(own_key().fingerprint, "serve")
     from finetune_accel.core.server import serve as serve_model
 
     more = _named(also, "--also")
