@@ -41,7 +41,8 @@ def pytest_configure(config):
 # of no use to a run: test_planted_secrets.py looks for them in all that the run below leaves behind
 PLANTED_ENVIRONMENT = {"DATABRICKS_TOKEN": "dapi" + "faded1" * 5 + "ee", "HF_TOKEN": "hf_" + "Q7zL" * 9, "OPENAI_API_KEY": "sk-proj-" + "K2xW" * 9,
                        "MLFLOW_TRACKING_PASSWORD": "correct Horse battery 9", "DATABASE_URL": "postgresql://joe:Vg5tY8uJ2kM4nB7c@db/x"}
-LONG = ("test_end_to_end.py", "test_package.py", "test_approaches.py", "test_served_models.py", "test_everything_on.py", "test_training.py", "test_existing_models.py")
+LONG = ("test_end_to_end.py", "test_package.py", "test_approaches.py", "test_served_models.py", "test_everything_on.py", "test_training.py", "test_score.py",
+        "test_existing_models.py", "test_prepare.py", "test_promote.py")
 
 
 def pytest_collection_modifyitems(items):
