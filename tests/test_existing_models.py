@@ -291,6 +291,7 @@ def test_rows_that_a_model_cannot_bear(odd, tmp_path):
     assert found[0]["response"] == "2.0" and found[35]["response"] == "1.5" and "cannot bear" in found[31]["error"]
 
 
+@pytest.mark.slow
 def test_models_that_do_not_answer_each_row(customer):
     """A vectorizer alone reads the names of a table's columns: MLflow would answer one label for all rows."""
     from sklearn.feature_extraction.text import TfidfVectorizer

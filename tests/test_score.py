@@ -232,6 +232,7 @@ def test_an_engine_that_dies_is_started_again(model, tmp_path):
     assert found == expected
 
 
+@pytest.mark.slow
 def test_a_row_that_kills_the_engine_alone_is_set_aside(model, tmp_path, monkeypatch):
     with closing(Predictor(str(model), "reference", TableParameters(max_tokens=20))) as predictor:
         asks = [(row["prompt"], predictor.ask([{"role": "user", "content": row["prompt"]}])) for row in prompts(80)]
@@ -373,10 +374,12 @@ def kill_spark(model, folder, uninterrupted, kills: int, stream: bool) -> int:
 needs_java = pytest.mark.skipif(not shutil.which("java"), reason="Spark needs Java 17, which is not on this machine")
 
 
+@pytest.mark.slow
 def test_a_killed_batch_goes_on(model, tmp_path, uninterrupted):
     assert kill_batch(model, tmp_path, uninterrupted, kills=1) >= 1
 
 
+@pytest.mark.slow
 def test_a_killed_stream_goes_on(model, tmp_path, uninterrupted):
     assert kill_stream(model, tmp_path, uninterrupted, kills=1) >= 1
 
