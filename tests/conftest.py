@@ -46,7 +46,8 @@ LONG = ("test_end_to_end.py", "test_package.py", "test_approaches.py", "test_ser
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: item.path.name not in LONG)  # else one of two workers is left with an end of several minutes
+    # else one of two workers is left with an end of several minutes; `--no-loadscope-reorder` keeps this order
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
 
 
 def finetune_accel(*arguments, cwd, code=0, **environment):
