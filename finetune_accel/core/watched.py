@@ -23,8 +23,8 @@ class Column(NamedTuple):
     says: str
 
 # %% auto #0
-__all__ = ['FORM_ONLY', 'LABELLED', 'SERVICE', 'Column', 'form_criteria', 'language_columns', 'language_values', 'table_columns',
-           'table_values', 'View', 'language_view', 'table_view']
+__all__ = ['FORM_ONLY', 'LABELLED', 'SERVICE', 'Column', 'form_criteria', 'language_columns', 'language_values', 'inputs_of',
+           'table_columns', 'table_values', 'View', 'language_view', 'table_view']
 
 # %% ../../nbs/core/watched.ipynb #c1c5e1ed
 FORM_ONLY = ("json_valid", "json_schema", "regex")
@@ -67,7 +67,14 @@ def language_values(exchange: dict, criteria: Sequence[Criterion]) -> dict[str, 
     return found | {"empty": not answer.strip(), "refusal": refuses(answer), "repetition": repeats(answer),
                     **{one.name: bool(score(one, answer, "")) for one in form_criteria(criteria)}}
 
-# %% ../../nbs/core/watched.ipynb #7fde97db
+# %% ../../nbs/core/watched.ipynb #2a7027cf
+def inputs_of(exchange: dict) -> dict[str, Any]:
+    """Return the columns that a model of tables was asked; a single text is called `text`, whatever the client called it."""
+    asked = exchange["question"]
+    (only,) = asked.values() if len(asked) == 1 else (None,)
+    return {"text": only} if isinstance(only, str) else asked
+
+
 def _kind(values: Sequence[Any]) -> Literal["number", "share", "category", "text"]:
     known = [value for value in values if value is not None]
     if known and all(isinstance(value, bool) for value in known):
@@ -82,7 +89,7 @@ def table_columns(exchanges: Iterable[dict], criteria: Sequence[Criterion]) -> l
     """Return what is watched of a model of tables, by what the `exchanges` of its baseline hold."""
     values: dict[str, list] = {}
     for exchange in exchanges:
-        for name, value in exchange["question"].items():
+        for name, value in inputs_of(exchange).items():
             values.setdefault(name, []).append(value)
     taken = [Column(f"input {name}", _kind(found), "either", f"the column {name} that the model takes") for name, found in values.items()]
     return [*taken, Column("prediction", "category", "either", "what the model predicts"), *SERVICE, *_labelled(criteria)]
@@ -92,9 +99,10 @@ def table_values(exchange: dict, columns: Sequence[Column]) -> dict[str, Any]:
     """Return {column: value} of an exchange, without the labelled ones; a value of another type than its column's is None."""
     found = {"prediction": exchange["answer"], "latency_ms": exchange["latency_ms"],
              "error": None if exchange["status_code"] is None else exchange["status_code"] != 200}
+    asked = inputs_of(exchange)
     for column in columns:
         if column.name.startswith("input "):
-            value = exchange["question"].get(column.name.removeprefix("input "))
+            value = asked.get(column.name.removeprefix("input "))
             fits = isinstance(value, (int, float)) if column.kind in ("number", "share") else isinstance(value, str)
             found[column.name] = value if fits else None if value is None or column.kind in ("number", "share") else json.dumps(value)
     return found
@@ -107,11 +115,13 @@ class View(NamedTuple):
     criteria: tuple[Criterion, ...]
     values: Callable[[dict], dict[str, Any]]
 
+    def scored(self, answer: str | None, label: str | None) -> dict[str, float | None]:
+        """Return {column: score} of an answer; None everywhere if `label`, the right answer, is not known."""
+        return {LABELLED + one.name: None if label is None else score(one, answer or "", label) for one in of_answers(self.criteria)}
+
     def row(self, exchange: dict, label: str | None) -> dict[str, Any]:
         """Return {column: value} of an exchange; `label` is the right answer, None where nobody has said it."""
-        answer = exchange["answer"]
-        scored = {LABELLED + one.name: None if label is None else score(one, answer or "", label) for one in of_answers(self.criteria)}
-        return self.values(exchange) | scored
+        return self.values(exchange) | self.scored(exchange["answer"], label)
 
 
 def language_view(criteria: Sequence[Criterion]) -> View:
