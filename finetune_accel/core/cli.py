@@ -243,7 +243,7 @@ def score(source: str, model: Annotated[str, typer.Option(help="run folder, mode
     """Answer all rows of SOURCE (JSON lines, CSV, Parquet, Delta) with a model; the same command goes on where a stopped one ended."""
     from finetune_accel.core import score_job
     from finetune_accel.core.blocks import open_regular
-    from finetune_accel.core.following import open_feed
+    from finetune_accel.core.change_feed import open_feed
     from finetune_accel.core.readers import open_source
 
     form = score_job.form_of(model)

@@ -20,7 +20,7 @@ from deltalake import CommitProperties, DeltaTable, Transaction, write_deltalake
 
 from .blocks import Block
 from .errors import Broken
-from .following import added_rows, open_feed, table_path
+from .change_feed import added_rows, open_feed, table_path
 from .monitor_tables import Cell, window_of
 from .sketches import ColumnCounts, smallest
 from .tables import open_delta
