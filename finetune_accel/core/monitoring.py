@@ -14,9 +14,11 @@ from typing import Any, NamedTuple, Optional
 
 import pyarrow as pa
 from deltalake import DeltaTable, write_deltalake
+from filelock import FileLock, Timeout
 
 from .alerts import Alert, Judged, as_record, of_input, raised, retrain, tell
 from .baseline import MOST_TO_LABEL, TESTED, Baseline, write_sheet
+from .errors import BadInput
 from .monitor_tables import DRIFT, GRANULARITIES, PROFILE, WINDOW, Cell, drift_row, profile_row, window
 from .permutation import Signal, compare, telling_words
 from .sketches import ColumnCounts
@@ -94,7 +96,6 @@ class Look:
 
     def __init__(self, job: Job, now: datetime):
         self.job, self.now = job, now
-        job.folder.mkdir(parents=True, exist_ok=True)
         self.store = WindowCounts(job.folder, job.baseline.view, job.granularity)
         self.read: Read | None = self.store.read(job.source)
         self.sizes = self.store.sizes()
@@ -217,8 +218,21 @@ def new_rows(look: Look) -> list[dict]:
 def monitor(job: Job, needed: int, command: str, url: str | None, now: datetime | None = None) -> dict[str, Any]:
     """Look once and tell what holds; return {read, rows, windows, alerts, retrain, problem}. Raises BadInput.
 
-    `needed` labelled rows make training again due, by `command`; `url` is told alerts. Two jobs must not share a folder at a time.
+    `needed` labelled rows make training again due, by `command`; `url` is told alerts.
     """
+    job.folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(job.folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise BadInput(str(job.folder), "is being written by another monitor of the same table", "wait for it") from None
+    try:
+        return _look(job, needed, command, url, now)
+    finally:
+        lock.release()
+
+
+def _look(job: Job, needed: int, command: str, url: str | None, now: datetime | None) -> dict[str, Any]:
     look = Look(job, now or datetime.now(timezone.utc))
     alerts, fresh = look.alerts(), new_rows(look)
     records = [as_record(alert, look.new_words(alert)) for alert in alerts]
