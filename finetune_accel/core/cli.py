@@ -21,6 +21,7 @@ from rich.table import Table
 from .engagement import load_engagement, phases, shipped_engagements
 from .errors import BadInput, FinetuneAccelError, GateNotMet
 from .pipeline import run_engagement, run_grid
+from .monitor_commands import commands as monitor_commands
 from .promotion_commands import commands
 from .runs import RunFolder, resolve_run_dir
 from .secrets import redact
@@ -29,6 +30,7 @@ from .settings import own_fields
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help="From a company's own data to a fine-tuned model that it can prove is better, serve and operate alone.")
 app.add_typer(commands)
+app.add_typer(monitor_commands)
 console = Console(force_jupyter=False)  # a command line writes text, also where a notebook tries it
 
 # %% auto #0
