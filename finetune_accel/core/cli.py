@@ -20,8 +20,8 @@ from rich.table import Table
 
 from .engagement import load_engagement, phases, shipped_engagements
 from .errors import BadInput, FinetuneAccelError, GateNotMet
-from .pipeline import run_engagement, run_grid
 from .monitor_commands import commands as monitor_commands
+from .pipeline import run_engagement, run_grid
 from .promotion_commands import commands
 from .runs import RunFolder, resolve_run_dir
 from .secrets import redact
