@@ -154,14 +154,14 @@ def show_grid(rows: list[dict], folder: Path) -> None:
 
 def show_run(folder: Path) -> None:
     """Print scores, verdict, and where report, MLflow and server are; raise GateNotMet if a criterion is not met."""
-    from finetune_accel.core.report import promotion_line, score_lines, verdict_sentences, write_report
+    from finetune_accel.core.report import monitor_line, promotion_line, score_lines, verdict_sentences, write_report
     from finetune_accel.core.tracking import log_report, store_uri
 
     run_folder = RunFolder(folder)
     report_path = write_report(run_folder)
     settings = next(result["settings"] for phase in phases() if (result := run_folder.result(phase.name)))
     log_report(settings["tracking_uri"], folder, report_path)
-    evaluated, trained, promoted = (run_folder.result(phase) for phase in ("evaluate", "train", "promote"))
+    evaluated, trained, promoted, monitored = (run_folder.result(phase) for phase in ("evaluate", "train", "promote", "monitor"))
     if evaluated:
         header, *lines = score_lines(evaluated["scores"])
         table = Table(*header, title=f"scores on {evaluated['scores'][0]['n']} test items, 95 % intervals")
@@ -176,6 +176,8 @@ def show_run(folder: Path) -> None:
         console.print(f"serve:  finetune-accel serve {folder}", soft_wrap=True)
     if promoted:
         console.print(promotion_line(promoted, folder), soft_wrap=True, highlight=False, markup=False)
+    if monitored:
+        console.print(monitor_line(monitored, folder), soft_wrap=True, highlight=False, markup=False)
     if evaluated and (missed := [c["criterion"] for c in evaluated["criteria"] if not c["met"]]):
         raise GateNotMet(f"criteria not met: {', '.join(missed)}. The report says by how much.")
 
