@@ -97,6 +97,7 @@ class RecordedSteps:
     def resize(self, taken: list[int], columns: int) -> None:
         """Give each slot `columns`; what lies in the slots `taken` moves to the first ones, in that order."""
         self.columns, self.recorded = columns, {}  # what was recorded would write where the buffers were
+        self.pool = self.pool and torch.cuda.graph_pool_handle()  # a pool ends with its last graph
         for layer in self.cache.layers:
             layer.moved(taken, self.slots(), columns)
 
