@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,6 +33,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # for all sides: waiting th
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 NEW = 64  # tokens an answer
+PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # the servers' commands, of this environment
 TOPICS = ["a lighthouse", "two rivers", "the night train", "a clockmaker", "an old orchard", "the last ferry", "a stray dog", "a mountain hut"]
 OURS = {"cpu": ["reference", "openvino", "openvino-bf16"], "cuda": ["reference", "cuda", "cuda-bf16"]}
 ENGINES = {engine for engines in OURS.values() for engine in engines}
@@ -146,7 +148,7 @@ def command(side: str, model: str, port: int) -> list[str]:
         return [sys.executable, "-m", "mlflow", "models", "serve", "-m", f"{model}-mlflow", "--env-manager", "local", "--port", str(port), "--timeout", "900"]
     more = {"transformers": [], "transformers-cb-fp32": ["--continuous-batching", "--dtype", "float32"],
             "transformers-cb-bf16": ["--continuous-batching", "--dtype", "bfloat16"]}[side]
-    return [shutil.which("transformers", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"), "serve", model, "--port", str(port), "--host", "127.0.0.1", *more]
+    return [shutil.which("transformers", path=PATH), "serve", model, "--port", str(port), "--host", "127.0.0.1", *more]
 
 
 def served(side: str, model: str, streams: list[int], asks: int) -> dict | str:
@@ -155,7 +157,7 @@ def served(side: str, model: str, streams: list[int], asks: int) -> dict | str:
     name = Path(model).name if side in ENGINES else model
     with tempfile.TemporaryFile("w+") as log:
         server = subprocess.Popen(command(side, model, port), stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-                                  env={**os.environ, "MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT": "900"})
+                                  env={**os.environ, "PATH": PATH, "MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT": "900"})
         try:
             wait_for(port, server, log)
             asyncio.run(callers(ask, port, name, 1, 1))  # kernels are chosen
@@ -167,11 +169,12 @@ def served(side: str, model: str, streams: list[int], asks: int) -> dict | str:
             log.seek(0)
             return f"{error}\n{log.read()}"
         finally:
-            os.killpg(server.pid, 15)
-            try:
-                server.wait(20)
-            except subprocess.TimeoutExpired:
-                os.killpg(server.pid, 9)
+            with suppress(ProcessLookupError):  # it ended by itself, with all its children
+                os.killpg(server.pid, 15)
+                try:
+                    server.wait(20)
+                except subprocess.TimeoutExpired:
+                    os.killpg(server.pid, 9)
     return found
 
 
