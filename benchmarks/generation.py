@@ -146,10 +146,10 @@ def read_items(paths: list[str], count: int) -> list[dict]:
     return rows[:count]
 
 
-def child(arguments: list[str]) -> dict:
+def child(device: str, arguments: list[str]) -> dict:
     """Run this script in a fresh process and return what it found, or {"error": its last line}."""
     with tempfile.NamedTemporaryFile(suffix=".json") as out:
-        done = subprocess.run([sys.executable, __file__, "--write", out.name, *arguments], capture_output=True, text=True)
+        done = subprocess.run([sys.executable, __file__, "--device", device, "--write", out.name, *arguments], capture_output=True, text=True)
         if done.returncode:
             return {"error": done.stderr.strip()[-500:] or f"exit {done.returncode}"}
         return json.loads(Path(out.name).read_text())
@@ -185,7 +185,7 @@ def speeds(args: argparse.Namespace, deadline: float) -> dict:
             if measured[side] and (time.monotonic() + worst > deadline or "error" in measured[side][0]):
                 continue
             started, load = time.monotonic(), os.getloadavg()[0]
-            one = child(["--side", side, "--model", args.model, "--streams", *map(str, args.streams)])
+            one = child(args.device, ["--side", side, "--model", args.model, "--streams", *map(str, args.streams)])
             worst = max(worst, time.monotonic() - started)
             measured[side].append(one | {"load_before": load})
             print(f"round {number + 1} {side}: {one.get('error') or {k: round(v, 1) for k, v in one['streams'].items()}}", flush=True)
@@ -222,7 +222,7 @@ def fidelities(args: argparse.Namespace) -> dict:
     wanted, groups = [row["response"] for row in items], [row["group"] for row in items]
     given, found = {}, {}
     for side in ["reference", *(side for side in args.sides if side != "reference")]:
-        one = child(["--side", side, "--model", args.tuned, "--count", str(args.count), "--items", *args.items])
+        one = child(args.device, ["--side", side, "--model", args.tuned, "--count", str(args.count), "--items", *args.items])
         if "error" in one:
             found[side] = one
             continue
