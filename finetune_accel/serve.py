@@ -32,7 +32,7 @@ class ServeSettings(PhaseSettings):
     """Parameters of the serve phase."""
 
     parity_prompts: Optional[int] = Field(None, ge=1, description="test prompts that the server must answer as evaluate's reference, null for all")
-    engines: list[Literal["reference", "openvino", "openvino-bf16"]] = Field(
+    engines: list[Literal["reference", "openvino", "openvino-bf16", "vllm", "vllm-bf16"]] = Field(
         ["openvino-bf16", "openvino", "reference"], min_length=1,
         description="what may compute the answers, best first: the first that is exact or admitted serves")
     ready_seconds: int = Field(300, ge=1, description="how long the server may take until it is ready")

@@ -48,11 +48,12 @@ class Reference:
         return generate.generate(self.model, self.tokenizer, prompts, max_new_tokens, sampling=sampling, stop=stop, progress=progress)
 
 # %% ../../nbs/core/answering.ipynb #4549e0ed
-ENGINES = ("reference", "openvino", "openvino-bf16")  # float32 with torch; OpenVINO GenAI on a CPU, in float32 and in bfloat16
+# float32 with torch; OpenVINO GenAI on a CPU, and vLLM on a GPU or a CPU, in float32 and in bfloat16
+ENGINES = ("reference", "openvino", "openvino-bf16", "vllm", "vllm-bf16")
 
 
 def _kind(name: str) -> tuple[str, str]:
-    """Return (reference or openvino, dtype) of an engine's name; raises BadInput for an unknown one."""
+    """Return (reference, openvino or vllm; dtype) of an engine's name; raises BadInput for an unknown one."""
     if name not in ENGINES:
         raise BadInput("engine", f"there is no engine {name!r}", f"use one of: {', '.join(ENGINES)}")
     kind, _, half = name.partition("-")
@@ -65,6 +66,9 @@ def load_engine(name: str, model_dir: str | Path) -> Engine:
     if kind == "openvino":
         from finetune_accel.core.openvino_engine import OpenVINO
         return OpenVINO(model_dir, dtype)
+    if kind == "vllm":
+        from finetune_accel.core.vllm_engine import VLLM
+        return VLLM(model_dir, dtype)
     return Reference(model_dir)
 
 # %% ../../nbs/core/answering.ipynb #f1fdb984
@@ -73,12 +77,10 @@ def load_live(name: str, model_dir: str | Path, adapters: dict[str, Path] | None
 
     Raises BadInput for an unknown name, and for what cannot run here.
     """
-    kind, dtype = _kind(name)
-    if kind == "openvino":
+    if _kind(name)[0] != "reference":
         if adapters:
             raise BadInput("engine", f"{name} answers with one model, without adapters beside it", "use engine: reference, or merge the adapter")
-        from finetune_accel.core.openvino_engine import OpenVINO
-        return OpenVINO(model_dir, dtype)
+        return load_engine(name, model_dir)
     from finetune_accel.core.rows_engine import Rows
     return Rows(model_dir, adapters)
 

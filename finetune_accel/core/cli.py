@@ -32,8 +32,8 @@ app.add_typer(commands)
 console = Console(force_jupyter=False)  # a command line writes text, also where a notebook tries it
 
 # %% auto #0
-__all__ = ['app', 'console', 'Overrides', 'RunDir', 'Unpickle', 'init', 'check', 'validate_file', 'list_phases', 'doctor',
-           'Screen', 'run', 'show_grid', 'show_run', 'report', 'serve', 'score', 'endpoint', 'main']
+__all__ = ['app', 'console', 'Overrides', 'RunDir', 'Engine', 'Unpickle', 'init', 'check', 'validate_file', 'list_phases',
+           'doctor', 'Screen', 'run', 'show_grid', 'show_run', 'report', 'serve', 'score', 'endpoint', 'main']
 
 # %% ../../nbs/core/cli.ipynb #bfc8f08e
 @app.command()
@@ -194,13 +194,14 @@ def _named(pairs: list[str], option: str) -> dict[str, str]:
     return dict(pair.split("=", 1) for pair in pairs)
 
 
+Engine = Annotated[Optional[str], typer.Option(help="reference, openvino, openvino-bf16, vllm or vllm-bf16; default: what the run was proven with")]
 Unpickle = Annotated[bool, typer.Option("--unpickle", help="let an MLflow model of another kind run its own code on loading (a pickle does): say it "
                                                            "only of a version whose signer you trust")]
 
 
 @app.command()
 def serve(target: str, host: str = "127.0.0.1", port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
-          engine: Annotated[Optional[str], typer.Option(help="reference, openvino or openvino-bf16; default: what the run was proven with")] = None,
+          engine: Engine = None,
           base: Annotated[bool, typer.Option(help="serve a run folder's base model beside it, as `base`")] = False,
           also: Annotated[list[str], typer.Option(help="NAME=TARGET: another model, asked by its name")] = [],
           adapter: Annotated[list[str], typer.Option(help="NAME=FOLDER: a LoRA adapter on TARGET, asked by its name")] = [],
@@ -226,7 +227,7 @@ def serve(target: str, host: str = "127.0.0.1", port: Annotated[int, typer.Optio
 @app.command()
 def score(source: str, model: Annotated[str, typer.Option(help="run folder, models:/name@alias or model folder")],
           out: Annotated[Path, typer.Option(help="folder of the Delta table of answers; OUT_set_aside has the rows that have none")],
-          engine: Annotated[Optional[str], typer.Option(help="reference, openvino or openvino-bf16; default: what the run was proven with")] = None,
+          engine: Engine = None,
           max_tokens: Annotated[Optional[int], typer.Option(min=1, help="longest answer; default: as the run was evaluated")] = None,
           schema: Annotated[Optional[Path], typer.Option(help="file with the JSON schema that each answer must follow")] = None,
           constrain: Annotated[bool, typer.Option("--constrain", help="let the engine write only what the schema allows")] = False,

@@ -7,23 +7,16 @@ from __future__ import annotations
 
 import itertools
 import random
-import time
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from . import generate
 from .choices import cpu_memory
 from .errors import BadInput
-from .generate import Generation, Prompt, Sampling
-from .live import Ask, Step, Token
+from .live import AllAtOnce, Ask, Step, Token
 from .openvino_graph import check_able, converted
-from .template import stop_at_end_of_turn, switch_thinking_off
 
 # %% auto #0
 __all__ = ['ROWS', 'PROMPT_TOKENS', 'BLOCK', 'COLDEST', 'NARROWEST', 'PRECISE', 'HALF', 'kv_blocks', 'OpenVINO', 'has_bfloat16']
@@ -71,7 +64,7 @@ def _settings(ends: set[int], ask: Ask) -> Any:
     return config
 
 # %% ../../nbs/core/openvino_engine.ipynb #fda4bd59
-class OpenVINO:
+class OpenVINO(AllAtOnce):
     """A model folder on OpenVINO GenAI; `dtype` is "float32" or "bfloat16". Answers many prompts at once (`generate`), or step by step as a
     `core.live.LiveEngine`. Raises BadInput for what cannot run here."""
 
@@ -83,10 +76,7 @@ class OpenVINO:
         if dtype == "bfloat16" and not has_bfloat16():
             raise BadInput("engine", "openvino-bf16 needs a processor with bfloat16 instructions", "take the engine `openvino`")
         folder = converted(Path(model_dir))
-        self.tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False, local_files_only=True)
-        self.model = SimpleNamespace(config=AutoConfig.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False),
-                                     generation_config=_generation_config(model_dir))
-        stop_at_end_of_turn(self.model, switch_thinking_off(self.tokenizer))
+        self.model, self.tokenizer = generate.load_described(model_dir)
         self.ends = generate.stop_ids(self.model, self.tokenizer)
         blocks = kv_blocks(folder, dtype, generate.context_length(self.model))
         self.room = blocks * BLOCK  # tokens of one answer and its prompt
@@ -100,13 +90,7 @@ class OpenVINO:
             if asked:
                 raise BadInput(field, f"is not supported by the engine {self.name}", "serve with --engine reference")
         generate.check_room(self.model, ask.prompt, ask.max_new_tokens, "messages")
-        self._check_memory(ask.prompt, ask.max_new_tokens, "messages")
-
-    def _check_memory(self, prompt: list[int], max_new_tokens: int, place: str) -> None:
-        """Raise BadInput for what can never fit; OpenVINO GenAI would give it up in the middle, without an error."""
-        if len(prompt) + max_new_tokens > self.room:
-            raise BadInput(place, f"{len(prompt)} prompt tokens and {max_new_tokens} answer tokens pass the {self.room} whose keys and values fit "
-                           "this machine's memory", "shorten the prompt or ask for a shorter answer")
+        self.check_memory(ask.prompt, ask.max_new_tokens, "messages")
 
     def add(self, number: int, ask: Ask) -> None:
         """Take a question."""
@@ -143,38 +127,6 @@ class OpenVINO:
         """Free the model's memory."""
         self.pipeline = None
 
-    def generate(self, prompts: list[Prompt], max_new_tokens: int, sampling: Sampling = Sampling(),
-                 stop: list[str] | None = None, progress: Callable[[int, int], None] | None = None) -> list[Generation]:
-        """Answer each prompt, in the same order, as `core.generate.generate` does. Raises BadInput for the same prompts."""
-        ids = generate.encode_all(self.model, self.tokenizer, prompts, max_new_tokens)
-        for number, prompt in enumerate(ids):
-            self._check_memory(prompt, max_new_tokens, f"conversation {number}")
-        decoded = self.decode(ids, max_new_tokens, generate.ends_answer(self.tokenizer, self.ends, stop), sampling, progress)
-        return [generate.finished(self.tokenizer, prompt, one, self.ends, stop or []) for prompt, one in zip(ids, decoded)]
-
-    def decode(self, prompts: list[list[int]], max_new_tokens: int, ended: Callable[[list[int]], bool],
-               how: Sampling = Sampling(),
-               progress: Callable[[int, int], None] | None = None) -> list[tuple[list[int], bool, float]]:
-        """Return (new tokens, ended by itself, seconds since the first step) for each of `prompts`, given as token ids."""
-        started, results = time.perf_counter(), [([], False, 0.0) for _ in prompts]
-        for row, prompt in enumerate(prompts):
-            own = replace(how, seed=how.seed + row) if how.seed is not None else how
-            self.add(row, Ask(prompt, max_new_tokens, own))
-        while self.handles:
-            before = len(self.handles)
-            for row, tokens, finish in self.step():
-                written, by_itself = results[row][0], finish == "stop"
-                for token in tokens:
-                    written.append(token.id)
-                    if ended(written):
-                        by_itself = True
-                        self.cancel(row)
-                        break
-                results[row] = (written, by_itself, time.perf_counter() - started)
-            if progress and len(self.handles) < before:
-                progress(len(prompts) - len(self.handles), len(prompts))
-        return results
-
 
 def has_bfloat16() -> bool:
     """Return whether OpenVINO computes in bfloat16 on this processor."""
@@ -182,9 +134,3 @@ def has_bfloat16() -> bool:
 
     return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
-
-def _generation_config(model_dir: str | Path) -> GenerationConfig:
-    """Return the folder's generation config, or what its config.json says where it has none."""
-    if (Path(model_dir) / "generation_config.json").is_file():
-        return GenerationConfig.from_pretrained(model_dir, local_files_only=True)
-    return GenerationConfig.from_model_config(AutoConfig.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False))
