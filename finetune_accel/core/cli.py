@@ -20,6 +20,7 @@ from rich.table import Table
 
 from .engagement import load_engagement, phases, shipped_engagements
 from .errors import BadInput, FinetuneAccelError, GateNotMet
+from .monitor_commands import commands as monitor_commands
 from .pipeline import run_engagement, run_grid
 from .promotion_commands import commands
 from .runs import RunFolder, resolve_run_dir
@@ -29,6 +30,7 @@ from .settings import own_fields
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help="From a company's own data to a fine-tuned model that it can prove is better, serve and operate alone.")
 app.add_typer(commands)
+app.add_typer(monitor_commands)
 console = Console(force_jupyter=False)  # a command line writes text, also where a notebook tries it
 
 # %% auto #0
@@ -152,14 +154,14 @@ def show_grid(rows: list[dict], folder: Path) -> None:
 
 def show_run(folder: Path) -> None:
     """Print scores, verdict, and where report, MLflow and server are; raise GateNotMet if a criterion is not met."""
-    from finetune_accel.core.report import promotion_line, score_lines, verdict_sentences, write_report
+    from finetune_accel.core.report import monitor_line, promotion_line, score_lines, verdict_sentences, write_report
     from finetune_accel.core.tracking import log_report, store_uri
 
     run_folder = RunFolder(folder)
     report_path = write_report(run_folder)
     settings = next(result["settings"] for phase in phases() if (result := run_folder.result(phase.name)))
     log_report(settings["tracking_uri"], folder, report_path)
-    evaluated, trained, promoted = (run_folder.result(phase) for phase in ("evaluate", "train", "promote"))
+    evaluated, trained, promoted, monitored = (run_folder.result(phase) for phase in ("evaluate", "train", "promote", "monitor"))
     if evaluated:
         header, *lines = score_lines(evaluated["scores"])
         table = Table(*header, title=f"scores on {evaluated['scores'][0]['n']} test items, 95 % intervals")
@@ -174,6 +176,8 @@ def show_run(folder: Path) -> None:
         console.print(f"serve:  finetune-accel serve {folder}", soft_wrap=True)
     if promoted:
         console.print(promotion_line(promoted, folder), soft_wrap=True, highlight=False, markup=False)
+    if monitored:
+        console.print(monitor_line(monitored, folder), soft_wrap=True, highlight=False, markup=False)
     if evaluated and (missed := [c["criterion"] for c in evaluated["criteria"] if not c["met"]]):
         raise GateNotMet(f"criteria not met: {', '.join(missed)}. The report says by how much.")
 
@@ -194,7 +198,8 @@ def _named(pairs: list[str], option: str) -> dict[str, str]:
     return dict(pair.split("=", 1) for pair in pairs)
 
 
-Engine = Annotated[Optional[str], typer.Option(help="reference, openvino, openvino-bf16, vllm or vllm-bf16; default: what the run was proven with")]
+Engine = Annotated[Optional[str], typer.Option(help="what computes the answers: reference, openvino, openvino-bf16, cuda, cuda-bf16, vllm or "
+                                                    "vllm-bf16; default: what the run was proven with")]
 Unpickle = Annotated[bool, typer.Option("--unpickle", help="let an MLflow model of another kind run its own code on loading (a pickle does): say it "
                                                            "only of a version whose signer you trust")]
 
@@ -245,7 +250,7 @@ def score(source: str, model: Annotated[str, typer.Option(help="run folder, mode
     """Answer all rows of SOURCE (JSON lines, CSV, Parquet, Delta) with a model; the same command goes on where a stopped one ended."""
     from finetune_accel.core import score_job
     from finetune_accel.core.blocks import open_regular
-    from finetune_accel.core.following import open_feed
+    from finetune_accel.core.change_feed import open_feed
     from finetune_accel.core.readers import open_source
 
     form = score_job.form_of(model)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ import numpy as np
 from . import generate
 from .choices import cpu_memory
 from .errors import BadInput
-from .live import AllAtOnce, Ask, Step, Token
+from .generate import Generation, Prompt, Sampling
+from .live import Ask, Step, Token, answer_all
 from .openvino_graph import check_able, converted
 
 # %% auto #0
@@ -64,7 +66,7 @@ def _settings(ends: set[int], ask: Ask) -> Any:
     return config
 
 # %% ../../nbs/core/openvino_engine.ipynb #fda4bd59
-class OpenVINO(AllAtOnce):
+class OpenVINO:
     """A model folder on OpenVINO GenAI; `dtype` is "float32" or "bfloat16". Answers many prompts at once (`generate`), or step by step as a
     `core.live.LiveEngine`. Raises BadInput for what cannot run here."""
 
@@ -90,7 +92,13 @@ class OpenVINO(AllAtOnce):
             if asked:
                 raise BadInput(field, f"is not supported by the engine {self.name}", "serve with --engine reference")
         generate.check_room(self.model, ask.prompt, ask.max_new_tokens, "messages")
-        self.check_memory(ask.prompt, ask.max_new_tokens, "messages")
+        self._check_memory(ask.prompt, ask.max_new_tokens, "messages")
+
+    def _check_memory(self, prompt: list[int], max_new_tokens: int, place: str) -> None:
+        """Raise BadInput for what can never fit; OpenVINO GenAI would give it up in the middle, without an error."""
+        if len(prompt) + max_new_tokens > self.room:
+            raise BadInput(place, f"{len(prompt)} prompt tokens and {max_new_tokens} answer tokens pass the {self.room} whose keys and values fit "
+                           "this machine's memory", "shorten the prompt or ask for a shorter answer")
 
     def add(self, number: int, ask: Ask) -> None:
         """Take a question."""
@@ -127,10 +135,17 @@ class OpenVINO(AllAtOnce):
         """Free the model's memory."""
         self.pipeline = None
 
+    def generate(self, prompts: list[Prompt], max_new_tokens: int, sampling: Sampling = Sampling(),
+                 stop: list[str] | None = None, progress: Callable[[int, int], None] | None = None) -> list[Generation]:
+        """Answer each prompt, in the same order, as `core.generate.generate` does. Raises BadInput for the same prompts."""
+        ids = generate.encode_all(self.model, self.tokenizer, prompts, max_new_tokens)
+        for number, prompt in enumerate(ids):
+            self._check_memory(prompt, max_new_tokens, f"conversation {number}")
+        return answer_all(self, ids, max_new_tokens, self.ends, sampling, stop, progress)
+
 
 def has_bfloat16() -> bool:
     """Return whether OpenVINO computes in bfloat16 on this processor."""
     import openvino
 
     return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-

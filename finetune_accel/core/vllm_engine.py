@@ -9,6 +9,7 @@ import atexit
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from packaging.version import Version
 
 from . import generate, vllm_child
 from .errors import BadInput
-from .live import AllAtOnce, Ask, Step, Token
+from .generate import Generation, Prompt, Sampling
+from .live import Ask, Step, Token, answer_all
 
 # %% auto #0
 __all__ = ['PYTHON_VARIABLE', 'FLOOR', 'VERSION', 'INSTALL', 'COLDEST', 'NARROWEST', 'MOST_LOGPROBS', 'FINISH', 'vllm_python',
@@ -78,7 +80,7 @@ def environment() -> dict[str, str]:
             "VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0", **os.environ}
 
 
-class VLLM(AllAtOnce):
+class VLLM:
     """A model folder on vLLM, in a process of its own; `dtype` is "float32" or "bfloat16". Answers many prompts at once (`generate`), or step by
     step as a `core.live.LiveEngine`. Raises BadInput for what cannot run here; a process that dies raises EOFError at the next call."""
 
@@ -120,7 +122,13 @@ class VLLM(AllAtOnce):
         if ask.logprobs is not None and not 0 <= ask.logprobs <= MOST_LOGPROBS:
             raise BadInput("top_logprobs", f"must be between 0 and {MOST_LOGPROBS}", "ask for fewer")
         generate.check_room(self.model, ask.prompt, ask.max_new_tokens, "messages")
-        self.check_memory(ask.prompt, ask.max_new_tokens, "messages")
+        self._check_memory(ask.prompt, ask.max_new_tokens, "messages")
+
+    def _check_memory(self, prompt: list[int], max_new_tokens: int, place: str) -> None:
+        """Raise BadInput for what never fits; vLLM would end."""
+        if len(prompt) + max_new_tokens > self.room:
+            raise BadInput(place, f"{len(prompt)} prompt tokens and {max_new_tokens} answer tokens pass the {self.room} whose keys and values fit "
+                           "vLLM's memory", "shorten the prompt or ask for a shorter answer")
 
     def add(self, number: int, ask: Ask) -> None:
         """Take a question."""
@@ -139,6 +147,14 @@ class VLLM(AllAtOnce):
         """Forget an answer."""
         if self._tops.pop(number, None) is not None:
             self._call("cancel", number)
+
+    def generate(self, prompts: list[Prompt], max_new_tokens: int, sampling: Sampling = Sampling(),
+                 stop: list[str] | None = None, progress: Callable[[int, int], None] | None = None) -> list[Generation]:
+        """Answer each prompt, in the same order, as `core.generate.generate` does. Raises BadInput for the same prompts."""
+        ids = generate.encode_all(self.model, self.tokenizer, prompts, max_new_tokens)
+        for number, prompt in enumerate(ids):
+            self._check_memory(prompt, max_new_tokens, f"conversation {number}")
+        return answer_all(self, ids, max_new_tokens, self.ends, sampling, stop, progress)
 
     def close(self) -> None:
         """End vLLM's process."""
