@@ -105,6 +105,7 @@ class Loop:
         deadline = time.monotonic() + 600
         while self.version() is None:
             if server.poll() is not None or time.monotonic() > deadline:
+                server.kill()
                 raise SystemExit((self.folder / "server.log").read_text()[-2000:])
             time.sleep(1)
         return server
@@ -112,7 +113,7 @@ class Loop:
     def version(self) -> str | None:
         """Return the version that answers, None while none does."""
         try:
-            (model,) = httpx.get(f"http://127.0.0.1:{self.port}/serving-endpoints", timeout=5).json()["endpoints"]
+            (model,) = httpx.get(f"http://127.0.0.1:{self.port}/api/2.0/serving-endpoints", timeout=5).json()["endpoints"]
             return str(model["config"]["served_entities"][0]["entity_version"])
         except (httpx.HTTPError, KeyError, ValueError):
             return None

@@ -26,7 +26,7 @@ from mlflow.tracking import MlflowClient
 from serving import free_port, wait_until
 from typer.testing import CliRunner
 
-from finetune_accel.core import targets
+from finetune_accel.core import monitor_job, targets
 from finetune_accel.core.cli import app
 from finetune_accel.core.comparison import compare
 from finetune_accel.core.criteria import Criterion
@@ -37,7 +37,6 @@ from finetune_accel.core.formats import Form
 from finetune_accel.core.gating import results_of
 from finetune_accel.core.judging import judge_file
 from finetune_accel.core.monitor_commands import monitor_settings
-from finetune_accel.core.monitor_job import Evidence, job_for, look
 from finetune_accel.core.monitoring import read_table
 from finetune_accel.core.policy import default_policy
 from finetune_accel.core.predictor import predictor_for
@@ -418,8 +417,8 @@ def test_monitored_as_classification(customer, server, tmp_path):
                                                        "criteria": [one.model_dump() for one in CRITERIA]}).replace('"public"', '"public stand-in"'))
     judge_file(tmp_path / "tickets.yaml", tmp_path / "out")
     rules = monitor_settings(tmp_path / "out", {"window": "1 minute", "windows_out": 1, "of_windows": 1, "fewest_rows": 30})
-    evidence, usual, later = Evidence(tmp_path / "out"), rows[1::2], datetime.now(timezone.utc) + timedelta(days=1)
-    job = job_for(rules, str(server.table), evidence.baseline(rules), None, tmp_path / "out", {})
+    evidence, usual, later = monitor_job.Evidence(tmp_path / "out"), rows[1::2], datetime.now(timezone.utc) + timedelta(days=1)
+    job = monitor_job.job_for(rules, str(server.table), evidence.baseline(rules), None, tmp_path / "out", {})
     assert {column.name for column in job.baseline.view.columns} == {"input text", "prediction", "latency_ms", "error", "scored macro_f1", "scored exact_match"}
 
     def ask(texts: list[str], name: str) -> None:
@@ -431,13 +430,13 @@ def test_monitored_as_classification(customer, server, tmp_path):
 
     ask(usual["text"].tolist()[:120], "usual")
     labels = {f"usual-{number}": {"request_id": f"usual-{number}", "response": label} for number, label in enumerate(usual["expected"].tolist()[:120])}
-    found = look(job._replace(labels=labels), rules, tmp_path / "out", now=later)
+    found = monitor_job.look(job._replace(labels=labels), rules, tmp_path / "out", now=later)
     assert found["judged"] == 1 and not found["alerts"] and found["rows"] == {"in": 120, "kept": 120}, found["alerts"]
     (score,) = [row for row in read_table(job.folder / "profile") if row["column_name"] == "scored exact_match"]
     assert score["count"] == 120 and 0 < score["avg"] < 1
     most = Counter(usual["expected"]).most_common(1)[0][0]
     ask(usual[usual["expected"] == most]["text"].tolist()[:60], "one")
-    found = look(job._replace(labels=labels), rules, tmp_path / "out", now=later)
+    found = monitor_job.look(job._replace(labels=labels), rules, tmp_path / "out", now=later)
     assert "prediction" in {alert["column"] for alert in found["alerts"]} and "input text" in {alert["column"] for alert in found["alerts"]}
     (drift,) = [row for row in read_table(job.folder / "drift") if row["column_name"] == "prediction" and row["slice_key"] is None and row["drift_type"] == "CONSECUTIVE"]
     assert drift["tv_distance"] > 0.3 and drift["chi_squared_test"]["pvalue"] < 1e-6
