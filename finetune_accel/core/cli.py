@@ -174,6 +174,8 @@ def show_run(folder: Path) -> None:
         console.print(f"serve:  finetune-accel serve {folder}", soft_wrap=True)
     if promoted:
         console.print(promotion_line(promoted, folder), soft_wrap=True, highlight=False, markup=False)
+    if (handed := run_folder.result("handover")) and handed["next_steps"]["advised"]:
+        console.print(f"next:   {handed['next_steps']['advised'][0]['do']} (why, and what else: the end of the report)", soft_wrap=True, highlight=False, markup=False)
     if evaluated and (missed := [c["criterion"] for c in evaluated["criteria"] if not c["met"]]):
         raise GateNotMet(f"criteria not met: {', '.join(missed)}. The report says by how much.")
 
