@@ -52,10 +52,15 @@ BEND = 8  # runs on fewer rows than this part of the most are left out
 FEWEST = 3  # points: two always lie on a line
 
 
-class Curve(NamedTuple):
-    """The slope of the score over the logarithm of the rows, its standard error, and the points that it was fitted to."""
+def _error(point: Point) -> float:
+    """Return the share of wrong answers, by Jeffreys' posterior: above zero also where all are right."""
+    return ((1 - point.score) * point.items + 0.5) / (point.items + 1)
 
-    slope: float
+
+class Curve(NamedTuple):
+    """By which power of the rows the share of wrong answers falls, the standard error of that power, and the points that it was fitted to."""
+
+    power: float
     error: float
     points: tuple[Point, ...]
 
@@ -64,14 +69,8 @@ class Curve(NamedTuple):
         most = self.points[-1]
         if not 0 < more <= most.rows:
             raise ValueError(f"{more} more rows than {most.rows}: the line says something up to twice the rows")
-        way, room = math.log1p(more / most.rows), 1 - most.score
-        return Interval(*(float(np.clip(way * (self.slope + z * self.error), -1, room)) for z in (0, -Z, Z)))
-
-
-def _variance(point: Point) -> float:
-    """Return the variance of a share, by Jeffreys' posterior, which is above zero also where all or no items are right."""
-    right, wrong = point.score * point.items + 0.5, (1 - point.score) * point.items + 0.5
-    return right * wrong / ((right + wrong) ** 2 * (right + wrong + 1))
+        gains = (_error(most) * (1 - (1 + more / most.rows) ** -(self.power + z * self.error)) for z in (0, -Z, Z))
+        return Interval(*(min(gain, 1 - most.score) for gain in gains))
 
 
 def fit_curve(points: Sequence[Point]) -> Curve | None:
@@ -79,15 +78,22 @@ def fit_curve(points: Sequence[Point]) -> Curve | None:
     points = tuple(point for point in points if point.rows * BEND >= points[-1].rows)
     if len(points) < FEWEST:
         return None
-    x, y = np.log([point.rows for point in points]), np.array([point.score for point in points])
-    weights = 1 / np.array([_variance(point) for point in points])
+    x, errors = np.log([point.rows for point in points]), np.array([_error(point) for point in points])
+    weights = errors * (np.array([point.items for point in points]) + 2) / (1 - errors)  # 1 / variance of a share's logarithm
     x = x - np.average(x, weights=weights)
+    y = np.log(errors) - np.average(np.log(errors), weights=weights)
     spread = float((weights * x * x).sum())
     slope = float((weights * x * y).sum()) / spread
-    misses = float((weights * (y - np.average(y, weights=weights) - slope * x) ** 2).sum())
-    return Curve(slope, math.sqrt(max(1.0, misses / (len(points) - 2)) / spread), points)
+    misses = float((weights * (y - slope * x) ** 2).sum())
+    return Curve(-slope, math.sqrt(max(1.0, misses / (len(points) - 2)) / spread), points)
 
-# %% ../../nbs/core/learning_curve.ipynb #b9cef327
+# %% ../../nbs/core/learning_curve.ipynb #e750844a
+def _variance(point: Point) -> float:
+    """Return the variance of the score, by Jeffreys' posterior."""
+    error = _error(point)
+    return error * (1 - error) / (point.items + 2)
+
+
 def draw_curve(curve: Curve, criterion: str) -> Figure:
     """Draw the points of a curve with their intervals, and dashed what as many rows again would bring."""
     import matplotlib.pyplot as plt

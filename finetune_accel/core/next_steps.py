@@ -87,8 +87,8 @@ def look_at_the_traffic(found: Findings) -> Answer:
         return Lacking(step, "what is asked of the served model has not been monitored", "add `monitor: {}` to the engagement and run it")
     if not (alerts := watched["alerts"]):
         return Against(step, (Figure("monitoring raised no alarm", "monitor.json"),))
-    return Advised(step, alerts[0]["next"], tuple(Figure(alert["says"], "monitor.json") for alert in alerts),
-                   "new rows of the kind that is asked now, and a retraining", "the alert is gone after the next window", rank=FIRST)
+    said = tuple(Figure(f"{alert['column']} is out in {len(alert['windows'])} windows since {alert['since']}: {alert['means']}", "monitor.json") for alert in alerts)
+    return Advised(step, alerts[0]["next"][0], said, "new rows of the kind that is asked now, and a retraining", "the alert ends by itself", rank=FIRST)
 
 # %% ../../nbs/core/next_steps.ipynb #f9cb7da1
 PROMPTED = ("base", "base+K", "base+K nearest")
