@@ -5,7 +5,9 @@
 # %% ../nbs/10_handover.ipynb #b21d9332
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Literal
+
+from pydantic import Field, field_validator
 
 from .core.engagement import phases
 from .core.runs import RunFolder
@@ -23,6 +25,14 @@ class HandoverSettings(PhaseSettings):
     """Parameters of the handover phase."""
 
     more_rows: int = Field(1000, ge=1, description="how many more rows a figure is wanted for; never more than there are")
+    runbooks: list[Literal["rotate keys", "retrain", "new data", "roll back"]] = Field(["rotate keys"], description="runbooks that are tried now; finetune-accel handover tries all")
+
+    @field_validator("runbooks")
+    @classmethod
+    def _back_from_somewhere(cls, runbooks: list[str]) -> list[str]:
+        if "roll back" in runbooks and not {"retrain", "new data"} <= set(runbooks):
+            raise ValueError("to roll back there must be two champions: name retrain and new data too")
+        return runbooks
 
     def external_inputs(self) -> dict[str, str]:
         """Digests of the results that are read if they are there."""

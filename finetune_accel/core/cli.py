@@ -33,7 +33,7 @@ console = Console(force_jupyter=False)  # a command line writes text, also where
 
 # %% auto #0
 __all__ = ['app', 'console', 'Overrides', 'RunDir', 'Unpickle', 'init', 'check', 'validate_file', 'list_phases', 'doctor',
-           'Screen', 'run', 'show_grid', 'show_run', 'report', 'serve', 'score', 'endpoint', 'main']
+           'Screen', 'run', 'show_grid', 'show_run', 'report', 'serve', 'score', 'endpoint', 'main', 'handover']
 
 # %% ../../nbs/core/cli.ipynb #bfc8f08e
 @app.command()
@@ -314,3 +314,17 @@ def main() -> None:
 
 if __name__ == "__main__" and "__file__" in globals():  # run as a module, not as a notebook
     main()
+
+# %% ../../nbs/core/cli.ipynb #a41c09e2
+@app.command()
+def handover(run_dir: Path) -> None:
+    """Write the handover pack of a run folder, with every runbook tried in a copy of it."""
+    from finetune_accel.core.runbooks import runbooks
+
+    folder = RunFolder(run_dir.absolute())
+    settings = folder.need("plan")["settings"]
+    wanted = json.dumps(list(runbooks(settings["name"], settings["approach"])))
+    engagement = load_engagement(str(folder.path / "engagement.yaml"), [f"handover.runbooks={wanted}"])
+    with _bars() as progress:
+        run_engagement(engagement, folder.path, "handover", "handover", listener=Screen(progress))
+    console.print(f"the pack: {folder.output('handover/pack') / 'index.html'}", soft_wrap=True)

@@ -16,11 +16,12 @@ from .statistics import Interval, needed_items
 from .wrong_answers import KINDS
 
 # %% auto #0
-__all__ = ['FIRST', 'STOP', 'GAIN', 'LATER', 'Answer', 'LEAKS', 'SMALL', 'PROMPTED', 'AGREED', 'CONFLICTS', 'FEW', 'RUN_PARTS',
-           'UNLEARNT', 'MUCH', 'RULES', 'Advised', 'Against', 'Lacking', 'keep_the_test_apart', 'mend_the_model',
-           'look_at_the_traffic', 'stop', 'use_the_untuned_model', 'collect_more_data', 'mend_the_labels',
-           'mend_a_slice', 'add_test_items', 'train_longer', 'train_all_weights', 'look_knowledge_up',
-           'take_another_base', 'train_on_texts', 'tune_to_preferences', 'distil', 'NextSteps', 'next_steps']
+__all__ = ['FIRST', 'STOP', 'GAIN', 'LATER', 'Answer', 'LEAKS', 'SMALL', 'PROMPTED', 'MUCH', 'AGREED', 'CONFLICTS', 'FEW',
+           'RUN_PARTS', 'ONCE', 'UNLEARNT', 'RULES', 'Advised', 'Against', 'Lacking', 'keep_the_test_apart',
+           'mend_the_model', 'look_at_the_traffic', 'stop', 'use_the_untuned_model', 'collect_more_data',
+           'mend_the_labels', 'mend_a_slice', 'add_test_items', 'train_longer', 'train_all_weights',
+           'look_knowledge_up', 'take_another_base', 'train_on_texts', 'tune_to_preferences', 'distil', 'NextSteps',
+           'next_steps']
 
 # %% ../../nbs/core/next_steps.ipynb #5c29b7af
 FIRST, STOP, GAIN, LATER = range(4)
@@ -142,7 +143,8 @@ def use_the_untuned_model(found: Findings) -> Answer:
     return Advised(step, f"serve the base model {told}; do not fine-tune", (said,), f"longer prompts; see the cost table of {evaluated['phase']}",
                    f"{best} keeps its score on the next test items", -sign * verdict["difference"], STOP if as_good else GAIN)
 
-# %% ../../nbs/core/next_steps.ipynb #698e874a
+# %% ../../nbs/core/next_steps.ipynb #874504a3
+MUCH = 0.05  # share of all items from which on a kind of mistake is worth a project
 AGREED = 0.6  # share of rows whose neighbours have their label from which on a disagreement says something
 CONFLICTS = 0.02  # share of rows that contradict another from which on it is worth reading them
 FEW = 10  # rows of the smallest part
@@ -160,6 +162,11 @@ def _runs_on_parts(found: Findings) -> str:
 def collect_more_data(found: Findings) -> Answer:
     """Advise on `found.more` rows, or as many as there are if that is fewer, from the learning curve."""
     step = "collect more data"
+    unseen = found.wrong.get("unseen")
+    if found.curve is None and unseen and unseen.share.low >= MUCH:
+        return Advised(step, f"collect rows of what the training answers lack, such as {unseen.example['wanted'][:80]}",
+                       (Figure(f"{unseen.count} of {found.items} answers are wrong because the answer {KINDS['unseen']}", "evaluate.json"),),
+                       "ten rows or more of each such value", "these test items are answered rightly", unseen.share.value)
     if found.curve is None:
         hint = "" if found.rise is None else f"; dev rose by {ranged(found.rise)} between the last two measurements of training, which cannot tell " \
                                              "more rows from more steps"
@@ -172,6 +179,8 @@ def collect_more_data(found: Findings) -> Answer:
         said.append(Figure(f"fewer rows also meant fewer steps ({first.steps} to {last.steps}), so part of it may be had by training longer", "train.json"))
     if gain.low <= 0 or gain.value < SMALL:
         return Against(step, tuple(said))
+    if unseen:
+        said.append(Figure(f"{unseen.count} of {found.items} answers are wrong because the answer {KINDS['unseen']}", "evaluate.json"))
     kinds = [row["name"] for row in found.results["evaluate"]["mistakes"][:2]]
     return Advised(step, f"collect {more:,} more rows" + (f", first of these: {'; '.join(kinds)}" if kinds else ""), tuple(said),
                    f"{more:,} rows with answers, and a training of {_minutes(found, 1 + more / found.rows)}",
@@ -231,13 +240,23 @@ def add_test_items(found: Findings) -> Answer:
     return Advised(step, f"collect {more:,} more test items of new groups", (said,), f"{more:,} items with answers, kept apart from training",
                    "the interval no longer holds zero", rank=LATER)
 
-# %% ../../nbs/core/next_steps.ipynb #5eaeb15f
+# %% ../../nbs/core/next_steps.ipynb #296e4dd1
+ONCE = 0.9  # share of the rows that an epoch is about
 UNLEARNT = 0.3  # nats a token of the answers, from which on the training rows themselves are not learnt
+
+
+def _seen(found: Findings) -> float:
+    trained = found.results["train"]
+    return trained["steps"] * trained["settings"]["batch_size"] / found.rows
 
 
 def train_longer(found: Findings) -> Answer:
     """Advise on more steps, from the last two measurements on dev."""
-    step, trained = "train longer", found.results["train"]
+    step, trained, seen = "train longer", found.results["train"], _seen(found)
+    if seen < ONCE:
+        return Advised(step, "train on all rows (train.max_steps: null, train.epochs: 1)",
+                       (Figure(f"{trained['steps']} steps saw {seen:.0%} of the {found.rows:,} training rows once", "train.json"),), _minutes(found, 1 / seen),
+                       "dev rises with the steps", None)
     if found.rise is None:
         return Lacking(step, "training was measured on dev fewer than twice", "set train.evaluations: 4, and train again")
     said = Figure(f"between the last two measurements on dev, {found.criterion.name} rose by {ranged(found.rise)}", "train.json")
@@ -253,15 +272,12 @@ def train_all_weights(found: Findings) -> Answer:
     said = Figure(f"the loss on the training rows went from {trained['loss']['first']:.2f} to {trained['loss']['last']:.2f} nats a token", "train.json")
     if trained["settings"]["method"] == "full":
         return Against(step, (Figure("all weights were trained", "train.json"),))
-    if trained["loss"]["last"] < UNLEARNT or found.rise is None or found.rise.low > 0:
+    if trained["loss"]["last"] < UNLEARNT or _seen(found) < ONCE or found.rise is None or found.rise.low > 0:
         return Against(step, (said,))
     return Advised(step, "set train.method: full, at a tenth of the learning rate", (said, Figure(f"and dev no longer rises: {ranged(found.rise)}", "train.json")),
                    "four times the memory for optimiser states", "the loss falls below the adapter's, and dev with it", rank=LATER)
 
-# %% ../../nbs/core/next_steps.ipynb #928af3d8
-MUCH = 0.05  # share of all items from which on a kind of mistake is worth a project
-
-
+# %% ../../nbs/core/next_steps.ipynb #21d6281a
 def look_knowledge_up(found: Findings) -> Answer:
     """Advise on retrieval, from wrong answers whose content no training row holds."""
     step = "look knowledge up (retrieval)"
