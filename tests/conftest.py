@@ -1,4 +1,5 @@
 """A small engagement of one's own: three rows, a tiny random model, all phases."""
+"""A small engagement of one's own: three rows, a tiny random model, the same nine phases."""
 import json
 import os
 import subprocess
@@ -31,6 +32,7 @@ evaluate: {examples_in_prompt: 1}
 serve: {parity_prompts: 1, engines: [reference]}
 score: {}
 promote: {}
+monitor: {}
 handover: {}
 """
 

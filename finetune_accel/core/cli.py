@@ -20,6 +20,7 @@ from rich.table import Table
 
 from .engagement import load_engagement, phases, shipped_engagements
 from .errors import BadInput, FinetuneAccelError, GateNotMet
+from .monitor_commands import commands as monitor_commands
 from .pipeline import run_engagement, run_grid
 from .promotion_commands import commands
 from .runs import RunFolder, resolve_run_dir
@@ -29,6 +30,7 @@ from .settings import own_fields
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help="From a company's own data to a fine-tuned model that it can prove is better, serve and operate alone.")
 app.add_typer(commands)
+app.add_typer(monitor_commands)
 console = Console(force_jupyter=False)  # a command line writes text, also where a notebook tries it
 
 # %% auto #0
@@ -245,7 +247,7 @@ def score(source: str, model: Annotated[str, typer.Option(help="run folder, mode
     """Answer all rows of SOURCE (JSON lines, CSV, Parquet, Delta) with a model; the same command goes on where a stopped one ended."""
     from finetune_accel.core import score_job
     from finetune_accel.core.blocks import open_regular
-    from finetune_accel.core.following import open_feed
+    from finetune_accel.core.change_feed import open_feed
     from finetune_accel.core.readers import open_source
 
     form = score_job.form_of(model)
