@@ -1,5 +1,4 @@
 """A small engagement of one's own: three rows, a tiny random model, all phases."""
-"""A small engagement of one's own: three rows, a tiny random model, the same nine phases."""
 import json
 import os
 import subprocess
