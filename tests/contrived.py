@@ -18,6 +18,7 @@ import json
 import random
 from pathlib import Path
 
+import yaml
 from tiny import tiny_model
 
 KINDS = ("refund", "invoice", "delivery", "password", "contract", "complaint", "newsletter", "appointment")
@@ -122,6 +123,8 @@ def right(texts: list[str], rows: list[dict]) -> float:
 
 def train(scratch: Path, common: dict, learner) -> None:
     """Write train.json with the dev scores of the learner half-way and at the end."""
+    import shutil
+
     from finetune_accel.core.records import read_records
     from finetune_accel.train import TrainSettings
 
@@ -130,8 +133,7 @@ def train(scratch: Path, common: dict, learner) -> None:
     scores = [right(learner(rows[:end])(dev), dev) for end in (9 * len(rows) // 10, len(rows))]
     run.output("history.json").write_text(json.dumps([{"step": step, "dev/exact_match": score} for step, score in zip((9, 10), scores)]))
     run.output("canaries.json").write_text("[]")
-    (merged := run.output("merged")).mkdir()
-    (merged / "words.txt").write_text("logistic regression on words")
+    shutil.copytree(scratch / "tiny", run.output("merged"))  # only its tokenizer is looked at
     run.finish({}, dev={"exact_match": scores[-1]}, dev_items=len(dev), steps=-(-len(rows) // 8), training_seconds=1.0, loss={"first": 2.0, "last": 0.1}, best=None)
 
 
@@ -162,6 +164,18 @@ def evaluate(common: dict, learner, base) -> None:
                mistakes=error_clusters(items, given["tuned"], ours))
 
 
+def serve(scratch: Path, common: dict) -> None:
+    """Write serve.json with the part of a certificate that names the template."""
+    import hashlib
+
+    from finetune_accel.serve import ServeSettings
+
+    run = phase_run(ServeSettings(**common), "serve")
+    template = hashlib.sha256((scratch / "tiny/chat_template.jinja").read_bytes()).hexdigest()
+    run.output("parity.json").write_text(json.dumps({"model": {"template_sha256": template}}))
+    run.finish({}, parity={"verdict": "exact", "equal": 0, "asked": 0}, engine="reference")
+
+
 def learnt(scratch: Path, folder: Path, rows: list[dict], limit: int | None = None) -> dict:
     """Plan, prepare and train in a run folder; return the settings that all phases share."""
     common = {"name": "contrived", "seed": 17, "run_dir": str(folder)}
@@ -184,6 +198,10 @@ def contrive(scratch: Path, rows: list[dict], base=lambda items: ["no idea"] * l
     common = learnt(scratch, folder, rows)
     write_json(folder / "grid.json", {"criterion": "exact_match", "split": "dev", "rows": grid})
     evaluate(common, Words, base)
+    serve(scratch, common)
+    (folder / "engagement.yaml").write_text(yaml.safe_dump({"name": "contrived", "plan": {
+        "use_case": "contrived", "owner": "tests", "criteria": [{"metric": "exact_match"}], "prerequisites": [],
+        "data_sources": [{"name": "made up", "licence": "ours", "origin": "public stand-in", "examples": len(rows)}]}}))
     return folder
 
 

@@ -35,7 +35,7 @@ console = Console(force_jupyter=False)  # a command line writes text, also where
 
 # %% auto #0
 __all__ = ['app', 'console', 'Overrides', 'RunDir', 'Unpickle', 'init', 'check', 'validate_file', 'list_phases', 'doctor',
-           'Screen', 'run', 'show_grid', 'show_run', 'report', 'serve', 'score', 'endpoint', 'main', 'handover']
+           'Screen', 'run', 'show_grid', 'show_run', 'report', 'serve', 'score', 'endpoint', 'main', 'handover', 'quiz']
 
 # %% ../../nbs/core/cli.ipynb #bfc8f08e
 @app.command()
@@ -330,3 +330,26 @@ def handover(run_dir: Path) -> None:
     with _bars() as progress:
         run_engagement(engagement, folder.path, "handover", "handover", listener=Screen(progress))
     console.print(f"the pack: {folder.output('handover/pack') / 'index.html'}", soft_wrap=True)
+
+
+@app.command()
+def quiz(target: Annotated[Path, typer.Argument(help="run folder; with --score the quiz")],
+         out: Annotated[Optional[Path], typer.Option(help="folder of the quiz to write")] = None,
+         seed: Annotated[Optional[int], typer.Option(min=0, help="draws the faults and their places; default: another each time")] = None,
+         score: Annotated[bool, typer.Option("--score", help="score what was found and mended; exit code 1 if it is not passed")] = False) -> None:
+    """Put faults into a copy of a run for the team to find and mend, or score what it found."""
+    from finetune_accel.core.quiz import make_quiz, score_quiz
+
+    if score == (out is not None):
+        raise BadInput("quiz", "needs either --out or --score", "finetune-accel quiz RUN_DIR --out FOLDER, then finetune-accel quiz FOLDER --score")
+    if not score:
+        console.print(f"read {make_quiz(RunFolder(target.absolute()), out.absolute(), seed) / 'README.md'}", soft_wrap=True)
+        return
+    found = score_quiz(target.absolute())
+    table = Table("fault", "", "points")
+    for mark in found.marks:
+        table.add_row(mark.fault, mark.says, str(mark.points))
+    console.print(table)
+    if not found.passed:
+        raise GateNotMet(f"{found.points} of {found.of} points; passed is who has all, and has answered for every fault")
+    console.print(f"{found.points} of {found.of} points: passed")
