@@ -15,23 +15,26 @@ from .core.settings import PhaseSettings
 from .core.sources import file_digest
 
 # %% auto #0
-__all__ = ['READS', 'HandoverSettings']
+__all__ = ['READS', 'NEEDS', 'HandoverSettings']
 
 # %% ../nbs/10_handover.ipynb #f43cd75c
 READS = ("plan/criteria.json", "prepare/train.parquet", "train/history.json", "evaluate/answers.parquet", "evaluate/item_scores.parquet")
+
+NEEDS = {"alert": ("retrain",), "roll back": ("retrain", "new data")}  # runbooks that go on from others
 
 
 class HandoverSettings(PhaseSettings):
     """Parameters of the handover phase."""
 
     more_rows: int = Field(1000, ge=1, description="how many more rows a figure is wanted for; never more than there are")
-    runbooks: list[Literal["rotate keys", "retrain", "new data", "roll back"]] = Field(["rotate keys"], description="runbooks that are tried now; finetune-accel handover tries all")
+    runbooks: list[Literal["rotate keys", "retrain", "alert", "new data", "roll back"]] = Field(["rotate keys"], description="runbooks that are tried now; finetune-accel handover tries all")
 
     @field_validator("runbooks")
     @classmethod
-    def _back_from_somewhere(cls, runbooks: list[str]) -> list[str]:
-        if "roll back" in runbooks and not {"retrain", "new data"} <= set(runbooks):
-            raise ValueError("to roll back there must be two champions: name retrain and new data too")
+    def _after_what_they_need(cls, runbooks: list[str]) -> list[str]:
+        for one in runbooks:
+            if missing := [name for name in NEEDS.get(one, ()) if name not in runbooks]:
+                raise ValueError(f"{one} goes on from {' and '.join(missing)}: name it too")
         return runbooks
 
     def external_inputs(self) -> dict[str, str]:

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 from jinja2 import Environment, StrictUndefined
 
+from .alerts import ADVICE
 from .engagement import phases
 from .errors import BadInput
 from .policy import load_policy
@@ -137,9 +138,8 @@ def _copy_files(run: RunFolder, results: dict[str, dict], folder: Path) -> None:
     for name, source in sources.items():
         if source.is_file():
             (folder / name).write_text(redact(source.read_text()))
-    for name in ("report.html",):
-        if (run.path / name).is_file():
-            shutil.copyfile(run.path / name, folder / name)
+    if (run.path / "report.html").is_file():
+        shutil.copyfile(run.path / "report.html", folder / "report.html")
 
 
 def write_pack(run: RunFolder, folder: Path, steps: dict, tried: dict[str, list[Done]]) -> Path:
@@ -155,6 +155,7 @@ def write_pack(run: RunFolder, folder: Path, steps: dict, tried: dict[str, list[
     facts = {"name": settings["name"], "use_case": results["plan"]["use_case"], "run_dir": str(run.path), "parts": architecture(run, results), "phases": phase_rows(results),
              "books": list(runbooks(settings["name"], settings["approach"]).values()), "tried": tried, "owners": owners(results), "glossary": GLOSSARY,
              "risks": open_risks(results), "bill": bill_rows(bom) if bom else [], "cost": results["evaluate"]["cost"], "steps": steps,
+             "kinds": [{"alert": column, "means": means, "next": "; ".join(asked)} for column, (means, asked) in ADVICE.items()],
              "alerts": results.get("monitor", {}).get("alerts"), "files": {name: what for name, what in FILES.items() if (folder / name).is_file()},
              "report": (folder / "report.html").is_file()}
     template = (resources.files("finetune_accel") / "handover.html.j2").read_text()

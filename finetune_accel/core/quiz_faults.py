@@ -11,7 +11,7 @@ import random
 import shutil
 import tempfile
 from collections.abc import Callable
-from datetime import datetime, timedelta, timezone
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +22,7 @@ import yaml
 from . import stores
 from .baseline import read_exchanges
 from .decision_log import DecisionLog
-from .inference_table import append, as_arrow, check_table, payload
+from .made_traffic import FIRST_DAY, away, usual_prompts, write_traffic
 from .policy import default_policy
 from .promotion import CHAMPION, Desk, Place, champions
 from .registry import registered_name
@@ -31,10 +31,9 @@ from .signing import own_key
 from .splits import SplitSettings, assign_splits, number_of
 
 # %% auto #0
-__all__ = ['LEAKED', 'MOST_ROWS', 'SPLIT', 'FOLDERS', 'OF_TOKENIZERS', 'DAYS', 'A_DAY', 'FIRST_DAY', 'AWAY', 'DISHES', 'COOKED',
-           'FAULTS', 'Quiz', 'Fault', 'digest', 'put_leak', 'note_rows', 'leak_mended', 'put_template',
-           'template_mended', 'away', 'write_traffic', 'usual_prompts', 'put_drift', 'drift_mended', 'put_promotion',
-           'promotion_mended']
+__all__ = ['LEAKED', 'MOST_ROWS', 'SPLIT', 'FOLDERS', 'OF_TOKENIZERS', 'DAYS', 'A_DAY', 'AWAY', 'FAULTS', 'Quiz', 'Fault',
+           'digest', 'put_leak', 'note_rows', 'leak_mended', 'put_template', 'template_mended', 'put_drift',
+           'drift_mended', 'put_promotion', 'promotion_mended']
 
 # %% ../../nbs/core/quiz_faults.ipynb #8eabe4b1
 class Quiz(NamedTuple):
@@ -149,33 +148,9 @@ def template_mended(quiz: Quiz, notes: dict) -> bool:
     files = [quiz.folder / "templates" / name / "chat_template.jinja" for name in FOLDERS]
     return all(file.is_file() and file.read_bytes() == right for file in files)
 
-# %% ../../nbs/core/quiz_faults.ipynb #b6557f24
-DAYS, A_DAY, FIRST_DAY = 7, 60, datetime(2026, 3, 2, tzinfo=timezone.utc)
+# %% ../../nbs/core/quiz_faults.ipynb #096c2971
+DAYS, A_DAY = 7, 60
 AWAY = 0.6  # share of the questions of a drifted day that are about something else
-DISHES = "lentils aubergine dumplings risotto pancakes goulash chowder couscous polenta sauerkraut".split()
-COOKED = "simmer season marinate caramelise whisk knead braise garnish".split()
-
-
-def away(drawn: random.Random) -> str:
-    """Return a question from somebody's kitchen."""
-    return f"how long do i {drawn.choice(COOKED)} {drawn.choice(DISHES)} with {drawn.choice(DISHES)} for {drawn.randint(2, 12)} guests"
-
-
-def write_traffic(folder: Path, days: list[list[str]]) -> None:
-    """Write an inference table of questions, one list a day from FIRST_DAY on, evenly over the day."""
-    check_table(folder)
-    for number, prompts in enumerate(days):
-        rows = [payload({"databricks_request_id": f"{folder.name}-{number}-{i}", "request_time": FIRST_DAY + timedelta(days=number, seconds=i * 86000 // len(prompts)),
-                         "status_code": 200, "execution_duration_ms": 100, "request": json.dumps({"messages": [{"role": "user", "content": prompt}]}),
-                         "response": json.dumps({"choices": [{"index": 0, "message": {"role": "assistant", "content": "ok"}, "finish_reason": "stop"}]})})
-                for i, prompt in enumerate(prompts)]
-        append(folder, as_arrow(rows, None))
-
-
-def usual_prompts(run: RunFolder) -> list[str]:
-    """Return the questions of a run's rows."""
-    rows = [row for split in ("train", "dev", "test") for row in pq.read_table(run.output(f"prepare/{split}.parquet")).to_pylist()]
-    return [row["prompt"] or row["response"][:200] for row in rows]
 
 
 def put_drift(quiz: Quiz, drawn: random.Random, present: bool) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import shlex
 import shutil
@@ -20,14 +21,15 @@ import yaml
 
 from .errors import PhaseFailed
 from .formats import FORMATS
+from .made_traffic import away, usual_prompts, write_traffic
 from .progress import PROGRESS_FILE, progress
 from .runs import RunFolder
 from .secrets import redact
 from .signing import own_key
 
 # %% auto #0
-__all__ = ['SHORT', 'NOT_LEARNT_BY_HEART', 'ASKS_FOR', 'ANSI', 'Step', 'Runbook', 'Done', 'runbooks', 'drill_engagement',
-           'new_rows', 'set_up_drill', 'carry_out', 'try_runbooks']
+__all__ = ['SHORT', 'LEFT_OUT', 'ASKS_FOR', 'ANSI', 'Step', 'Runbook', 'Done', 'runbooks', 'drill_engagement', 'new_rows',
+           'set_up_drill', 'carry_out', 'try_runbooks']
 
 # %% ../../nbs/core/runbooks.ipynb #8128ea67
 class Step(NamedTuple):
@@ -67,6 +69,9 @@ def runbooks(name: str, approach: str) -> dict[str, Runbook]:
             Step("what has not changed is kept, the rest is made anew, and the test split is opened once more", f"{again} --to serve"),
             Step("the version goes into the registry with its evidence and becomes champion, if every check holds",
                  f"finetune-accel promote {run} --why 'retrained: two steps of a drill'"))),
+        Runbook("alert", "monitoring says ALERT: what each alert means and asks for stands under Alerts", (
+            Step("the same look again, by hand: since when, in which column, what to do; it ends with 1 while an alert holds (here people ask about cooking)",
+                 f"finetune-accel monitor {run} --table payload --baseline delta:before@2", code=1),)),
         Runbook("new data", "people have written or mended rows", (
             Step("what our checks and the service's would say of the rows", f"finetune-accel validate new_rows.jsonl --as {form}"),
             Step("the rows join; no other row changes sides", f"{again} --set prepare.mended=new_rows.jsonl --to serve"),
@@ -79,7 +84,7 @@ def runbooks(name: str, approach: str) -> dict[str, Runbook]:
 # %% ../../nbs/core/runbooks.ipynb #71258eae
 SHORT = {"train": {"max_steps": 2, "evaluations": 1, "dev_items": 2}, "evaluate": {"items": 4, "examples_in_prompt": 0, "general_texts": 0},
          "serve": {"parity_prompts": 2, "engines": ["reference"]}}
-NOT_LEARNT_BY_HEART = ("judge", "harness_tasks", "engine")  # of evaluate: a drill asks nobody and proves no engine
+LEFT_OUT = ("judge", "harness_tasks", "engine")  # of evaluate: a drill asks nobody and proves no engine
 ASKS_FOR = ("at_least", "at_most", "better_than")
 
 
@@ -87,7 +92,7 @@ def drill_engagement(content: dict[str, Any]) -> dict[str, Any]:
     """Return a run's engagement with the short settings, criteria that ask for nothing, and without what a drill does not touch."""
     kept = {key: value for key, value in content.items() if key not in ("tracking_uri", "benchmark", "score", "monitor", "handover")}
     short = {phase: {**(kept.get(phase) or {}), **values} for phase, values in SHORT.items()}
-    short["evaluate"] = {key: value for key, value in short["evaluate"].items() if key not in NOT_LEARNT_BY_HEART}
+    short["evaluate"] = {key: value for key, value in short["evaluate"].items() if key not in LEFT_OUT}
     criteria = [{key: value for key, value in one.items() if key not in ASKS_FOR} for one in kept["plan"]["criteria"]]
     return {**kept, **short, "plan": {**kept["plan"], "criteria": criteria, "accept_open": True}, "promote": {}}
 
@@ -110,7 +115,7 @@ def new_rows(run: RunFolder) -> list[dict]:
 
 
 def set_up_drill(run: RunFolder, folder: Path) -> Path:
-    """Write the drill's folder and return its run folder: engagement, prepared rows, answers of the base model, rows to add, policy."""
+    """Write the drill's folder and return its run folder: engagement, prepared rows, answers of the base model, rows to add, traffic, policy."""
     plan = run.need("plan")["settings"]
     content = yaml.safe_load((run.path / "engagement.yaml").read_text())
     copy = folder / "runs" / plan["name"]
@@ -121,6 +126,9 @@ def set_up_drill(run: RunFolder, folder: Path) -> Path:
     shutil.copytree(run.path / "prepare" / run.need("prepare")["key"], copy / "prepare" / run.need("prepare")["key"])
     if (run.path / "answers").is_dir():
         shutil.copytree(run.path / "answers", copy / "answers")
+    drawn, usual = random.Random(0), usual_prompts(run)
+    write_traffic(folder / "before", [[drawn.choice(usual) for _ in range(120)] for _ in range(2)])
+    write_traffic(folder / "payload", [[away(drawn) for _ in range(60)] for _ in range(3)])
     own_key(folder / "old.pem")
     new = own_key(folder / "new.pem")
     (folder / "new.pub").write_text(new.public)
