@@ -208,6 +208,6 @@ def contrive(scratch: Path, rows: list[dict], base=lambda items: ["no idea"] * l
 CASES = {  # case: (how it is made, the step that is right)
     "too little data": (lambda scratch: contrive(scratch, questions(600, 1, words=240, said=2), parts=(75, 150, 300)), "collect more data"),
     "label noise": (lambda scratch: contrive(scratch, noisy(questions(600, 2), 3), parts=(75, 150, 300)), "mend the labels"),
-    "knowledge task": (lambda scratch: contrive(scratch, customers(300, 4), parts=(75, 150)), "look knowledge up (retrieval)"),
-    "perfect base": (lambda scratch: contrive(scratch, questions(300, 5), base=lambda items: [row["response"] for row in items], parts=(75, 150)),
+    "knowledge task": (lambda scratch: contrive(scratch, customers(300, 4)), "look knowledge up (retrieval)"),
+    "perfect base": (lambda scratch: contrive(scratch, questions(300, 5), base=lambda items: [row["response"] for row in items]),
                      "use the untuned model with a prompt")}

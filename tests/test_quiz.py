@@ -11,7 +11,10 @@ import pytest
 import yaml
 from conftest import finetune_accel
 from contrived import contrive, questions
+from typer.testing import CliRunner
 
+from finetune_accel.core.cli import app
+from finetune_accel.core.errors import GateNotMet
 from finetune_accel.core.quiz import make_quiz, score_quiz
 from finetune_accel.core.quiz_faults import FAULTS, FOLDERS
 from finetune_accel.core.runs import RunFolder
@@ -24,9 +27,9 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def quizzes(run, tmp_path_factory):
-    """Quizzes of four seeds, as they were made; each is copied before anything is mended."""
+    """Quizzes of two seeds, as they were made; each is copied before anything is mended."""
     folder = tmp_path_factory.mktemp("quizzes")
-    return {seed: make_quiz(run, folder / f"quiz-{seed}", seed) for seed in range(4)}
+    return {seed: make_quiz(run, folder / f"quiz-{seed}", seed) for seed in (0, 1)}
 
 
 def leaks(folder: Path, by_command: bool) -> tuple[bool, str]:
@@ -162,19 +165,22 @@ def test_found_and_not_mended_does_not_pass_and_a_false_claim_costs(quizzes, tmp
     assert score_quiz(folder).points == 0
 
 
-def test_the_command(run, tmp_path):
-    assert "README.md" in finetune_accel("quiz", run.path, "--out", tmp_path / "quiz", "--seed", "3", cwd=tmp_path)
-    said = finetune_accel("quiz", tmp_path / "quiz", "--score", cwd=tmp_path, code=1)
-    assert "not answered" in said and "0 of" in said
-    assert "either --out or --score" in finetune_accel("quiz", run.path, cwd=tmp_path, code=2)
-    assert "exists already" in finetune_accel("quiz", run.path, "--out", tmp_path / "quiz", cwd=tmp_path, code=2)
+def test_the_command(run, quizzes, tmp_path):
+    def ask(*words: str):
+        return CliRunner().invoke(app, ["quiz", *map(str, words)])
+
+    assert "not answered" in (scored := ask(quizzes[1], "--score")).stdout and isinstance(scored.exception, GateNotMet) and "0 of" in str(scored.exception)
+    assert "either --out or --score" in str(ask(run.path).exception)
+    assert "exists already" in str(ask(run.path, "--out", quizzes[1]).exception)
+    assert "is no quiz" in str(ask(tmp_path, "--score").exception)
 
 
 @pytest.mark.slow
-def test_every_fault_is_found_by_commands_alone(quizzes, tmp_path):
+def test_every_fault_is_found_by_commands_alone(run, tmp_path):
     seen = set()
-    for seed in quizzes:
-        folder = fresh(quizzes, seed, tmp_path / str(seed))
+    for seed in range(4):
+        finetune_accel("quiz", run.path, "--out", tmp_path / f"quiz-{seed}", "--seed", seed, cwd=tmp_path)
+        folder = tmp_path / f"quiz-{seed}"
         found, score = walk(folder, by_command=True), score_quiz(folder)
         seen |= {name for name, (there, _) in found.items() if there}
         assert score.passed, (seed, found, score)

@@ -190,7 +190,7 @@ def collect_more_data(found: Findings) -> Answer:
 def _minutes(found: Findings, times: float) -> str:
     return f"about {max(found.results['train']['training_seconds'] * times / 60, 1):.0f} minutes"
 
-
+# %% ../../nbs/core/next_steps.ipynb #7bca39cf
 def _contradictions(found: Findings) -> tuple[float, list[Figure]]:
     rows, doubts = found.results["prepare"]["rows"], found.doubts
     conflicts = rows["set_aside"].get("conflicting answer", 0)
@@ -213,7 +213,7 @@ def mend_the_labels(found: Findings) -> Answer:
                    f"reading {len(found.doubts.doubtful) if found.doubts else 0} doubtful rows and those that contradict each other",
                    "doubts and conflicts fall below a row in fifty, and the score rises on test items whose labels were read too", share)
 
-
+# %% ../../nbs/core/next_steps.ipynb #18f21371
 def mend_a_slice(found: Findings) -> Answer:
     """Advise on parts of the test on which tuning made it worse."""
     step, rows = "add examples where it got worse", found.results["evaluate"]["slices"]
@@ -240,7 +240,7 @@ def add_test_items(found: Findings) -> Answer:
     return Advised(step, f"collect {more:,} more test items of new groups", (said,), f"{more:,} items with answers, kept apart from training",
                    "the interval no longer holds zero", rank=LATER)
 
-# %% ../../nbs/core/next_steps.ipynb #296e4dd1
+# %% ../../nbs/core/next_steps.ipynb #53ac0334
 ONCE = 0.9  # share of the rows that an epoch is about
 UNLEARNT = 0.3  # nats a token of the answers, from which on the training rows themselves are not learnt
 
@@ -277,7 +277,7 @@ def train_all_weights(found: Findings) -> Answer:
     return Advised(step, "set train.method: full, at a tenth of the learning rate", (said, Figure(f"and dev no longer rises: {ranged(found.rise)}", "train.json")),
                    "four times the memory for optimiser states", "the loss falls below the adapter's, and dev with it", rank=LATER)
 
-# %% ../../nbs/core/next_steps.ipynb #21d6281a
+# %% ../../nbs/core/next_steps.ipynb #cab2dea0
 def look_knowledge_up(found: Findings) -> Answer:
     """Advise on retrieval, from wrong answers whose content no training row holds."""
     step = "look knowledge up (retrieval)"
@@ -292,7 +292,7 @@ def look_knowledge_up(found: Findings) -> Answer:
                    "documents that hold the answers, and an index", "in a sample of fifty wrong answers the retrieved passage holds the answer, and then the "
                    "model gives it", knowledge.share.value)
 
-
+# %% ../../nbs/core/next_steps.ipynb #eee8b9ae
 def take_another_base(found: Findings) -> Answer:
     """Advise on another base model."""
     step, rows, base = "take another base model", found.results.get("benchmark", {}).get("candidates", []), found.results["train"]["settings"]["base_model"]
@@ -324,7 +324,7 @@ def train_on_texts(found: Findings) -> Answer:
     return Advised(step, "train on your unlabelled texts first, then on the examples", (said,), "some million tokens of texts", "perplexity on held-out texts falls",
                    rank=LATER)
 
-
+# %% ../../nbs/core/next_steps.ipynb #417c940b
 def tune_to_preferences(found: Findings) -> Answer:
     """Advise on preference tuning, from what a judge preferred."""
     step, judged = "tune to preferences", found.results["evaluate"]["judge"]
@@ -350,7 +350,7 @@ def distil(found: Findings) -> Answer:
     return Advised("distil a larger model", f"let {rows[0]['model']} answer prompts that have no answer yet, and train the small model on them", other.because,
                    "unlabelled prompts, and hours of the larger model", "the small model comes within the interval of the larger one", rank=LATER)
 
-# %% ../../nbs/core/next_steps.ipynb #a7da1dcf
+# %% ../../nbs/core/next_steps.ipynb #6cf5ec13
 RULES: tuple[Callable[[Findings], Answer], ...] = (
     keep_the_test_apart, mend_the_model, look_at_the_traffic, stop, use_the_untuned_model, mend_the_labels, collect_more_data, mend_a_slice, add_test_items,
     train_longer, train_all_weights, look_knowledge_up, take_another_base, train_on_texts, tune_to_preferences, distil)

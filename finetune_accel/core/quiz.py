@@ -114,7 +114,7 @@ class Score(NamedTuple):
     of: int
     passed: bool
 
-
+# %% ../../nbs/core/quiz.ipynb #6bceea78
 def _open(folder: Path) -> tuple[Quiz, dict]:
     content = read_json(folder / SECRET)
     if content is None:

@@ -82,7 +82,7 @@ def runbooks(name: str, approach: str) -> dict[str, Runbook]:
     return {book.name: book for book in books}
 
 # %% ../../nbs/core/runbooks.ipynb #71258eae
-SHORT = {"train": {"max_steps": 2, "evaluations": 1, "dev_items": 2}, "evaluate": {"items": 4, "examples_in_prompt": 0, "general_texts": 0},
+SHORT = {"train": {"max_steps": 2, "evaluations": 1, "dev_items": 2}, "evaluate": {"items": 4, "examples_in_prompt": 0, "general_texts": 0, "slices": []},
          "serve": {"parity_prompts": 2, "engines": ["reference"]}}
 LEFT_OUT = ("judge", "harness_tasks", "engine")  # of evaluate: a drill asks nobody and proves no engine
 ASKS_FOR = ("at_least", "at_most", "better_than")
