@@ -27,9 +27,9 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def quizzes(run, tmp_path_factory):
-    """Quizzes of two seeds, as they were made; each is copied before anything is mended."""
+    """Quizzes as they were made, by seed; each is copied before anything is mended."""
     folder = tmp_path_factory.mktemp("quizzes")
-    return {seed: make_quiz(run, folder / f"quiz-{seed}", seed) for seed in (0, 1)}
+    return {seed: make_quiz(run, folder / f"quiz-{seed}", seed) for seed in (0,)}
 
 
 def leaks(folder: Path, by_command: bool) -> tuple[bool, str]:
@@ -138,19 +138,21 @@ def test_who_does_as_the_pack_says_gets_all_points(quizzes, seed, tmp_path):
     assert score.passed and score.points == score.of == 2 * sum(there for there, _ in found.values()), (found, score)
 
 
-def test_doing_nothing_gets_nothing(quizzes, tmp_path):
-    for seed in quizzes:
-        score = score_quiz(quizzes[seed])
-        assert score.points == 0 and not score.passed and score.of >= 4
+def test_doing_nothing_gets_nothing(quizzes):
+    score = score_quiz(quizzes[0])
+    assert score.points == 0 and not score.passed and score.of >= 4
+
+
+def same_for_all(folder: Path) -> None:
+    """Claim every fault at each kind of place, then none: no such answer passes."""
+    for answer in ({"present": True, "where": "version 2"}, {"present": True, "where": "amber"}, {"present": True, "where": "rows.jsonl:1"}, {"present": False}):
+        (folder / "findings.yaml").write_text(yaml.safe_dump({name: dict(answer) for name in FAULTS}))
+        score = score_quiz(folder)
+        assert not score.passed and score.points <= 1, (answer, score)
 
 
 def test_the_same_answer_for_all_does_not_pass(quizzes, tmp_path):
-    for seed in quizzes:
-        folder = fresh(quizzes, seed, tmp_path / str(seed))
-        for answer in ({"present": True, "where": "version 2"}, {"present": True, "where": "amber"}, {"present": True, "where": "rows.jsonl:1"}, {"present": False}):
-            (folder / "findings.yaml").write_text(yaml.safe_dump({name: dict(answer) for name in FAULTS}))
-            score = score_quiz(folder)
-            assert not score.passed and score.points <= 1, (seed, answer, score)
+    same_for_all(fresh(quizzes, 0, tmp_path))
 
 
 def test_found_and_not_mended_does_not_pass_and_a_false_claim_costs(quizzes, tmp_path):
@@ -169,9 +171,9 @@ def test_the_command(run, quizzes, tmp_path):
     def ask(*words: str):
         return CliRunner().invoke(app, ["quiz", *map(str, words)])
 
-    assert "not answered" in (scored := ask(quizzes[1], "--score")).stdout and isinstance(scored.exception, GateNotMet) and "0 of" in str(scored.exception)
+    assert "not answered" in (scored := ask(quizzes[0], "--score")).stdout and isinstance(scored.exception, GateNotMet) and "0 of" in str(scored.exception)
     assert "either --out or --score" in str(ask(run.path).exception)
-    assert "exists already" in str(ask(run.path, "--out", quizzes[1]).exception)
+    assert "exists already" in str(ask(run.path, "--out", quizzes[0]).exception)
     assert "is no quiz" in str(ask(tmp_path, "--score").exception)
 
 
@@ -181,6 +183,8 @@ def test_every_fault_is_found_by_commands_alone(run, tmp_path):
     for seed in range(4):
         finetune_accel("quiz", run.path, "--out", tmp_path / f"quiz-{seed}", "--seed", seed, cwd=tmp_path)
         folder = tmp_path / f"quiz-{seed}"
+        assert score_quiz(folder).points == 0
+        same_for_all(folder)
         found, score = walk(folder, by_command=True), score_quiz(folder)
         seen |= {name for name, (there, _) in found.items() if there}
         assert score.passed, (seed, found, score)

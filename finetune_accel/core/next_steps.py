@@ -16,8 +16,8 @@ from .statistics import Interval, needed_items
 from .wrong_answers import KINDS
 
 # %% auto #0
-__all__ = ['FIRST', 'STOP', 'GAIN', 'LATER', 'Answer', 'LEAKS', 'SMALL', 'PROMPTED', 'MUCH', 'AGREED', 'CONFLICTS', 'FEW',
-           'RUN_PARTS', 'ONCE', 'UNLEARNT', 'RULES', 'Advised', 'Against', 'Lacking', 'keep_the_test_apart',
+__all__ = ['FIRST', 'STOP', 'GAIN', 'LATER', 'Answer', 'LEAKS', 'SMALL', 'NO_ANSWERS', 'PROMPTED', 'MUCH', 'AGREED', 'CONFLICTS',
+           'FEW', 'RUN_PARTS', 'ONCE', 'UNLEARNT', 'RULES', 'Advised', 'Against', 'Lacking', 'keep_the_test_apart',
            'mend_the_model', 'look_at_the_traffic', 'stop', 'use_the_untuned_model', 'collect_more_data',
            'mend_the_labels', 'mend_a_slice', 'add_test_items', 'train_longer', 'train_all_weights',
            'look_knowledge_up', 'take_another_base', 'train_on_texts', 'tune_to_preferences', 'distil', 'NextSteps',
@@ -91,7 +91,8 @@ def look_at_the_traffic(found: Findings) -> Answer:
     said = tuple(Figure(f"{alert['column']} is out in {len(alert['windows'])} windows since {alert['since']}: {alert['means']}", "monitor.json") for alert in alerts)
     return Advised(step, alerts[0]["next"][0], said, "new rows of the kind that is asked now, and a retraining", "the alert ends by itself", rank=FIRST)
 
-# %% ../../nbs/core/next_steps.ipynb #f9cb7da1
+# %% ../../nbs/core/next_steps.ipynb #09bd6318
+NO_ANSWERS = "no criterion is about answers"
 PROMPTED = ("base", "base+K", "base+K nearest")
 
 
@@ -128,7 +129,7 @@ def use_the_untuned_model(found: Findings) -> Answer:
     """Advise to prompt instead, where an untuned system meets the thresholds and tuning is not shown to be better, or is worse."""
     step, evaluated = "use the untuned model with a prompt", found.results["evaluate"]
     if found.criterion is None:
-        return Lacking(step, "no criterion is about answers", "add one to plan.criteria, such as {metric: exact_match}")
+        return Lacking(step, NO_ANSWERS, "add one to plan.criteria, such as {metric: exact_match}")
     name = found.criterion.name
     asked = [system for system in PROMPTED if name in found.scores(system)]
     sign = -1 if found.criterion.lower_is_better else 1
@@ -162,6 +163,8 @@ def _runs_on_parts(found: Findings) -> str:
 def collect_more_data(found: Findings) -> Answer:
     """Advise on `found.more` rows, or as many as there are if that is fewer, from the learning curve."""
     step = "collect more data"
+    if found.criterion is None:
+        return Lacking(step, NO_ANSWERS, "look at perplexity in runs on parts of the texts: " + _runs_on_parts(found))
     unseen = found.wrong.get("unseen")
     if found.curve is None and unseen and unseen.share.low >= MUCH:
         return Advised(step, f"collect rows of what the training answers lack, such as {unseen.example['wanted'][:80]}",
@@ -230,7 +233,7 @@ def add_test_items(found: Findings) -> Answer:
     step, evaluated = "add test items", found.results["evaluate"]
     asked = {(row["criterion"], row["better_than"]) for row in evaluated["criteria"]}
     open_ones = [row for row in evaluated["verdicts"] if (row["criterion"], row["against"]) in asked and row["verdict"] == "not proven"
-                 and row["criterion"] in found.scores("tuned") and abs(row["difference"]) >= SMALL]
+                 and row["criterion"] != "perplexity" and abs(row["difference"]) >= SMALL]
     if not open_ones:
         return Against(step, (Figure("each comparison that the plan asks for has a clear result, or no difference to show", "evaluate.json"),))
     row, groups = open_ones[0], found.results["prepare"]["groups"]["test"]
@@ -257,6 +260,8 @@ def train_longer(found: Findings) -> Answer:
         return Advised(step, "train on all rows (train.max_steps: null, train.epochs: 1)",
                        (Figure(f"{trained['steps']} steps saw {seen:.0%} of the {found.rows:,} training rows once", "train.json"),), _minutes(found, 1 / seen),
                        "dev rises with the steps", None)
+    if found.criterion is None:
+        return Lacking(step, NO_ANSWERS, "look at the curve in the report")
     if found.rise is None:
         return Lacking(step, "training was measured on dev fewer than twice", "set train.evaluations: 4, and train again")
     said = Figure(f"between the last two measurements on dev, {found.criterion.name} rose by {ranged(found.rise)}", "train.json")

@@ -53,6 +53,8 @@ def make_quiz(run: RunFolder, folder: Path, seed: Optional[int] = None) -> Path:
         raise BadInput(str(folder), "exists already", "name another folder with --out")
     for phase in ("plan", "prepare", "train", "evaluate", "serve"):
         run.need(phase)
+    if not (run.output("train/merged") / "chat_template.jinja").is_file():
+        raise BadInput(str(run.path), "has a model without a chat template, which one of the faults is put into", "make the quiz of a run that talks")
     staged = folder.with_name(f".{folder.name}.{os.getpid()}")
     name, drawn, salt = run.need("plan")["settings"]["name"], random.Random(seed), secrets.token_hex(8)
     shutil.rmtree(staged, ignore_errors=True)
