@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from .alerts import ADVICE
 from .engagement import phases
 from .errors import BadInput
 from .policy import load_policy
-from .report import lineage, not_shown, score_lines, verdict_sentences
+from .report import lineage, not_shown, score_lines, verdict_sentences, write_report
 from .runbooks import Done, runbooks
 from .runs import RunFolder
 from .secrets import redact
@@ -138,8 +137,6 @@ def _copy_files(run: RunFolder, results: dict[str, dict], folder: Path) -> None:
     for name, source in sources.items():
         if source.is_file():
             (folder / name).write_text(redact(source.read_text()))
-    if (run.path / "report.html").is_file():
-        shutil.copyfile(run.path / "report.html", folder / "report.html")
 
 
 def write_pack(run: RunFolder, folder: Path, steps: dict, tried: dict[str, list[Done]]) -> Path:
@@ -148,6 +145,7 @@ def write_pack(run: RunFolder, folder: Path, steps: dict, tried: dict[str, list[
 
     results = {phase.name: result for phase in phases() if (result := run.result(phase.name))}
     _copy_files(run, results, folder)
+    write_report(run, folder / "report.html", {"handover": {"next_steps": steps}})
     for name, text in (("model_card", model_card(results)), ("data_card", run.output("prepare/data_card.md").read_text())):
         (folder / f"{name}.html").write_text(redact(CARD.format(title=name.replace("_", " "), body=markdown2html(text))))
     settings = results["plan"]["settings"]
@@ -156,8 +154,7 @@ def write_pack(run: RunFolder, folder: Path, steps: dict, tried: dict[str, list[
              "books": list(runbooks(settings["name"], settings["approach"]).values()), "tried": tried, "owners": owners(results), "glossary": GLOSSARY,
              "risks": open_risks(results), "bill": bill_rows(bom) if bom else [], "cost": results["evaluate"]["cost"], "steps": steps,
              "kinds": [{"alert": column, "means": means, "next": "; ".join(asked)} for column, (means, asked) in ADVICE.items()],
-             "alerts": results.get("monitor", {}).get("alerts"), "files": {name: what for name, what in FILES.items() if (folder / name).is_file()},
-             "report": (folder / "report.html").is_file()}
+             "alerts": results.get("monitor", {}).get("alerts"), "files": {name: what for name, what in FILES.items() if (folder / name).is_file()}}
     template = (resources.files("finetune_accel") / "handover.html.j2").read_text()
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(template).render(facts)
     (folder / "index.html").write_text(redact(page))
