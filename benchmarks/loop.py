@@ -118,10 +118,10 @@ class Loop:
             return None
 
     def ask(self, rows: list[dict], windows: int) -> None:
-        """Ask rows, eight at a time and in order, until `windows` whole minutes have passed."""
-        client, waiting = openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none", timeout=120), iter(rows)
-        model = client.models.list().data[0].id
-        end, count = (time.time() // 60 + 1 + windows) * 60, 0
+        """Ask rows, eight at a time and in order, spread over `windows` whole minutes, or as long as it takes."""
+        client, waiting = openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none", timeout=300), iter(rows)
+        model, started = client.models.list().data[0].id, time.time()
+        end, pause = (started // 60 + 1 + windows) * 60, 60 * (windows + 0.5) / len(rows)
 
         def one(row: dict) -> None:
             number = f"request-{len(self.asked)}-{random.random()}"
@@ -129,13 +129,14 @@ class Loop:
             turns = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": row["prompt"]}]
             client.chat.completions.create(model=model, messages=turns, max_tokens=64, temperature=0, extra_headers={"x-client-request-id": number})
 
+        count = 0
         with ThreadPoolExecutor(8) as pool:
-            while time.time() < end and (some := [row for _, row in zip(range(8), waiting)]):
+            while some := [row for _, row in zip(range(8), waiting)]:
                 list(pool.map(one, some))
                 count += len(some)
-                time.sleep(max(0, min(2.0, end - time.time())))
-        time.sleep(max(0, end - time.time()) + 8)  # the last window closes, and the server has written its rows
-        self.diary.say(f"{count} questions asked in {windows + 1} minutes")
+                time.sleep(max(0, started + count * pause - time.time()))
+        time.sleep(max(0, end - time.time(), 60 - time.time() % 60) + 8)  # the last window closes, and the server has written its rows
+        self.diary.say(f"{count} questions asked in {(time.time() - started) / 60:.0f} minutes")
 
     def label(self, path: Path, most: int) -> int:
         """Write what people would have corrected: the reference answers of the first `most` timers that were asked."""
@@ -170,9 +171,9 @@ def go(folder: Path, diary: Diary) -> None:
     try:
         first = loop.version()
         look = ("monitor", str(loop.run), "--table", str(loop.payload))
-        loop.ask([devices.pop() for _ in range(600)], 2)
+        loop.ask([devices.pop() for _ in range(180)], 2)
         loop.command(*look)
-        loop.ask(mixed(devices, timers, 600, rng), 3)
+        loop.ask(mixed(devices, timers, 360, rng), 3)
         loop.command(*look, code=1)
         labels = folder / "labels.jsonl"
         diary.say(f"{loop.label(labels, 120)} answers corrected by people")
@@ -189,7 +190,7 @@ def go(folder: Path, diary: Diary) -> None:
         if loop.version() == first:
             raise SystemExit("the server did not change to the new champion")
         diary.say(f"the server, not restarted, answers with version {loop.version()} instead of {first}")
-        loop.ask(mixed(devices, timers, 600, rng), 3)
+        loop.ask(mixed(devices, timers, 360, rng), 3)
         loop.command(*look)
     finally:
         server.terminate()

@@ -65,7 +65,7 @@ def lines(folder: Path, columns: Sequence[Column]) -> list[Line]:
             found.append(Line(column, windows, values, [any(row["out"] for row in signals.get(at, {}).values()) for at in places]))
     return found
 
-
+# %% ../../nbs/core/dashboard.ipynb #6d4887be
 def draw(found: Sequence[Line]) -> Figure:
     """Draw a panel for each line, three in a row; windows that are out are marked."""
     rows = max(-(-len(found) // 3), 1)

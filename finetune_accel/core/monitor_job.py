@@ -63,7 +63,7 @@ class Evidence:
             return make_baseline(read_exchanges(rules.baseline), {}, self.criteria, self.tables, rules.baseline)
         return make_baseline(self.exchanges if exchanges is None else exchanges, self.labels, self.criteria, self.tables, "the test questions and the model's answers")
 
-
+# %% ../../nbs/core/monitor_job.ipynb #d3b244c5
 def job_for(rules: Rules, table: str, baseline: Baseline, folder: Path | None, run_dir: Path, labels: dict[str, dict]) -> Job:
     """Return the job that watches `table`. `folder` None is one of the run folder that no other table, baseline or window shares."""
     told = [str(table_path(table).absolute()), baseline.digest, rules.window]

@@ -19,9 +19,9 @@ from filelock import FileLock, Timeout
 from .alerts import Alert, Judged, as_record, of_input, raised, retrain, tell
 from .baseline import MOST_TO_LABEL, TESTED, Baseline, write_sheet
 from .errors import BadInput
-from .monitor_tables import DRIFT, GRANULARITIES, PROFILE, WINDOW, Cell, drift_row, profile_row, window
+from .monitor_tables import DRIFT, GRANULARITIES, PROFILE, WINDOW, Cell, drift_row, profile_row, window, window_of
 from .permutation import Signal, compare, telling_words
-from .sketches import ColumnCounts
+from .sketches import ColumnCounts, words
 from .watched import LABELLED, Column
 from .window_counts import Read, WindowCounts
 
@@ -42,8 +42,9 @@ class Job(NamedTuple):
     seed: int
 
 # %% auto #0
-__all__ = ['SIGNALS', 'WINDOWS', 'Job', 'questions_of', 'judge', 'replace_windows', 'read_table', 'Look', 'to_label', 'new_rows',
-           'monitor']
+__all__ = ['SIGNALS', 'WINDOWS', 'TABLES', 'Job', 'questions_of', 'judge', 'replace_windows', 'read_table', 'Look',
+           'labelled_rows', 'take_look', 'tabled', 'judged', 'counts_of', 'stale', 'refresh', 'holding', 'sampled',
+           'new_words', 'to_label', 'new_rows', 'monitor']
 
 # %% ../../nbs/core/monitoring.ipynb #9addda6e
 SIGNALS = pa.schema([("window", WINDOW), ("granularity", pa.string()), ("column_name", pa.string()), ("figure", pa.string()), ("compared_with", pa.string()),
@@ -90,105 +91,128 @@ def read_table(folder: Path, columns: Optional[list[str]] = None) -> list[dict]:
         return []
     return sorted(DeltaTable(folder).to_pyarrow_table(columns=columns).to_pylist(), key=lambda row: row["window"]["start"])
 
-# %% ../../nbs/core/monitoring.ipynb #a3dfbc76
-class Look:
-    """One look of a job at its source: `read` is what was new (None: nothing), `redone` are the windows that were written again."""
+# %% ../../nbs/core/monitoring.ipynb #9db85bbe
+class Look(NamedTuple):
+    """One look of a job at its source: what was new (None: nothing), how many rows each window has, and the labelled ones of each."""
 
-    def __init__(self, job: Job, now: datetime):
-        self.job, self.now = job, now
-        self.store = WindowCounts(job.folder, job.baseline.view, job.granularity)
-        self.read: Read | None = self.store.read(job.source)
-        self.sizes = self.store.sizes()
-        self.labelled = self._labelled()
-        self.redone = self._redo()
+    job: Job
+    now: datetime
+    store: WindowCounts
+    read: Read | None
+    sizes: dict[datetime, int]
+    labelled: dict[datetime, list[dict]]
 
-    def _labelled(self) -> dict[datetime, list[dict]]:
-        """Return the labelled rows of each window, with their scores and what the label says."""
-        found: dict[datetime, list[dict]] = defaultdict(list)
-        view, start_of = self.job.baseline.view, GRANULARITIES[self.job.granularity]
-        starts = list(self.sizes)
-        for row in self.store.find(list(self.job.labels)):
-            label = self.job.labels.get(row["request_id"]) or self.job.labels[row["client_request_id"]]
-            answer = row["answer"] if "answer" in row else row["prediction"]
-            start = next(start for start in starts if start <= row["request_time"] < start + start_of)
-            found[start].append({**row, **view.scored(answer, label["response"]), "label": label})
-        return found
+    def may_judge(self, start: datetime) -> bool:
+        """Return whether a window is over and has rows enough."""
+        return self.sizes[start] >= self.job.fewest and start + GRANULARITIES[self.job.granularity] <= self.now
 
-    def _stale(self) -> list[datetime]:
-        known = {row["window"]["start"]: row for row in read_table(self.job.folder / "windows")}
-        length = GRANULARITIES[self.job.granularity]
-        return [start for start, rows in self.sizes.items()
-                if (known.get(start, {}).get("rows"), known.get(start, {}).get("labelled")) != (rows, len(self.labelled.get(start, [])))
-                or known[start]["judged"] != (rows >= self.job.fewest and start + length <= self.now)]
 
-    def _redo(self) -> list[datetime]:
-        stale, starts = self._stale(), list(self.sizes)
-        if not stale:
-            return []
-        after = {starts[place + 1] for place, start in enumerate(starts[:-1]) if start in stale}
-        redo = [start for start in starts if start in stale or start in after]  # what follows a window is compared with it
-        tables: dict[str, list[dict]] = {"profile": [], "drift": [], "signals": [], "windows": []}
-        firsts = [start for start in starts if self.sizes[start] >= self.job.fewest][:1]
-        first = self.store.window(firsts[0])[1] if firsts else []
-        before: tuple[datetime, dict] | None = None
-        for place, start in enumerate(starts):
-            if start in redo:
-                if place and (before is None or before[0] != starts[place - 1]):
-                    before = starts[place - 1], self.store.window(starts[place - 1])[0]
-                cells, sample = self.store.window(start)
-                self._window(start, cells, sample, [] if start in firsts else first, before, tables)
-                before = start, cells
-        for name, schema in (("profile", PROFILE), ("drift", DRIFT), ("signals", SIGNALS), ("windows", WINDOWS)):
-            replace_windows(self.job.folder / name, schema, tables[name], redo)  # windows last: what it lists is whole
-        return redo
+def labelled_rows(job: Job, store: WindowCounts) -> dict[datetime, list[dict]]:
+    """Return the labelled rows of each window, with their scores and what the label says."""
+    found: dict[datetime, list[dict]] = defaultdict(list)
+    for row in store.find(list(job.labels)):
+        label = job.labels.get(row["request_id"]) or job.labels[row["client_request_id"]]
+        answer = row["answer"] if "answer" in row else row["prediction"]
+        found[window_of(row["request_time"], job.granularity)].append({**row, **job.baseline.view.scored(answer, label["response"]), "label": label})
+    return found
 
-    def _window(self, start: datetime, cells: dict[Cell, ColumnCounts], sample: list[dict], first: list[dict], before: Any, tables: dict) -> None:
-        job, labelled = self.job, self.labelled.get(start, [])
-        for column in job.baseline.view.columns:
-            if column.name.startswith(LABELLED) and labelled:
-                cells[Cell(start, None, column.name)] = counts = ColumnCounts(column.kind)
-                counts.update([row[column.name] for row in labelled])
-        tables["profile"] += [profile_row(cell, counts, job.granularity) for cell, counts in cells.items()]
-        for cell, counts in cells.items():
-            if (base := self.baseline_counts[cell.column]).count:
-                tables["drift"].append(drift_row(cell, counts, base, None, job.granularity))
-            if before and (earlier := before[1].get(cell._replace(start=before[0]))):
-                tables["drift"].append(drift_row(cell, counts, earlier, before[0], job.granularity))
-        place = {"window": window(start, job.granularity), "granularity": job.granularity}
-        judged = self.sizes[start] >= job.fewest and place["window"]["end"] <= self.now
-        found = judge(questions_of(job.baseline.rows[:TESTED], sample, first, labelled, job.baseline.view.columns), job.level, job.seed) if judged else []
-        lines = [{**place, "column_name": one.column, "figure": one.figure, "compared_with": against, "value": one.value, "usual": one.usual, "p": one.p,
-                  "adjusted": one.adjusted, "out": one.adjusted <= job.level} for against, one in found]
-        tables["signals"] += lines
-        tables["windows"].append({**place, "rows": self.sizes[start], "labelled": len(labelled), "judged": judged,
-                                  "out": sorted({line["column_name"] for line in lines if line["out"]})})
 
-    @property
-    def baseline_counts(self) -> dict[str, ColumnCounts]:
-        """The counts of the baseline's columns."""
-        if not hasattr(self, "_baseline_counts"):
-            self._baseline_counts = {column.name: ColumnCounts(column.kind) for column in self.job.baseline.view.columns}
-            for name, counts in self._baseline_counts.items():
-                counts.update([row[name] for row in self.job.baseline.rows])
-        return self._baseline_counts
+def take_look(job: Job, now: datetime) -> Look:
+    """Read what is new. Raises BadInput."""
+    store = WindowCounts(job.folder, job.baseline.view, job.granularity)
+    read = store.read(job.source)
+    return Look(job, now, store, read, store.sizes(), labelled_rows(job, store))
 
-    def alerts(self) -> list[Alert]:
-        """Return the alerts that hold after the last judged window."""
-        out: dict[datetime, dict[str, list[dict]]] = defaultdict(lambda: defaultdict(list))
-        for line in read_table(self.job.folder / "signals"):
-            if line["out"]:
-                out[line["window"]["start"]][line["column_name"]].append({key: line[key] for key in ("figure", "value", "usual", "adjusted", "compared_with")})
-        judged = [row["window"]["start"] for row in read_table(self.job.folder / "windows") if row["judged"]]
-        return raised([Judged(start, dict(out.get(start, {}))) for start in judged], self.job.n, self.job.m)
+# %% ../../nbs/core/monitoring.ipynb #e59a6375
+def tabled(look: Look, cells: dict[Cell, ColumnCounts], base: dict[str, ColumnCounts], before: tuple[datetime, dict] | None) -> dict[str, list[dict]]:
+    """Return the rows of profile and drift of a window with these counts; `base` are the baseline's, `before` start and counts of the window before."""
+    unit, drift = look.job.granularity, []
+    for cell, counts in cells.items():
+        if base[cell.column].count:
+            drift.append(drift_row(cell, counts, base[cell.column], None, unit))
+        if before and (earlier := before[1].get(cell._replace(start=before[0]))):
+            drift.append(drift_row(cell, counts, earlier, before[0], unit))
+    return {"profile": [profile_row(cell, counts, unit) for cell, counts in cells.items()], "drift": drift}
 
-    def new_words(self, alert: Alert) -> list[str]:
-        """Return the words that are new in the windows of an alert, if its column holds texts."""
-        if next(column.kind for column in self.job.baseline.view.columns if column.name == alert.column) != "text":
-            return []
-        rows = [row[alert.column] for start in alert.windows for row in self.store.window(start)[1]]
-        return telling_words(*([text for text in texts if text is not None] for texts in ([row[alert.column] for row in self.job.baseline.rows], rows)))
 
-# %% ../../nbs/core/monitoring.ipynb #db4da471
+def judged(look: Look, start: datetime, sample: list[dict], first: list[dict]) -> dict[str, list[dict]]:
+    """Return the rows of signals and windows of a window; `first` is the sample of the first window, empty for itself."""
+    job, labelled = look.job, look.labelled.get(start, [])
+    place, may = {"window": window(start, job.granularity), "granularity": job.granularity}, look.may_judge(start)
+    found = judge(questions_of(job.baseline.rows[:TESTED], sample, first, labelled, job.baseline.view.columns), job.level, job.seed) if may else []
+    lines = [{**place, "column_name": one.column, "figure": one.figure, "compared_with": against, "value": one.value, "usual": one.usual, "p": one.p,
+              "adjusted": one.adjusted, "out": one.adjusted <= job.level} for against, one in found]
+    out = sorted({line["column_name"] for line in lines if line["out"]})
+    return {"signals": lines, "windows": [{**place, "rows": look.sizes[start], "labelled": len(labelled), "judged": may, "out": out}]}
+
+
+def counts_of(columns: Iterable[Column], rows: Sequence[dict]) -> dict[str, ColumnCounts]:
+    """Return the counts of some columns of rows."""
+    found = {column.name: ColumnCounts(column.kind) for column in columns}
+    for name, counts in found.items():
+        counts.update([row[name] for row in rows])
+    return found
+
+# %% ../../nbs/core/monitoring.ipynb #3b3aa9ca
+TABLES = {"profile": PROFILE, "drift": DRIFT, "signals": SIGNALS, "windows": WINDOWS}
+
+
+def stale(look: Look) -> list[datetime]:
+    """Return the windows whose rows or labels have changed, or that can be judged now, with those that follow them: these are compared with them."""
+    known = {row["window"]["start"]: (row["rows"], row["labelled"], row["judged"]) for row in read_table(look.job.folder / "windows")}
+    starts = list(look.sizes)
+    changed = {start for start in starts if known.get(start) != (look.sizes[start], len(look.labelled.get(start, [])), look.may_judge(start))}
+    return [start for place, start in enumerate(starts) if start in changed or place and starts[place - 1] in changed]
+
+
+def refresh(look: Look) -> list[datetime]:
+    """Write the stale windows into all tables; return them."""
+    job, starts, redo = look.job, list(look.sizes), stale(look)
+    if not redo:
+        return []
+    columns, tables = job.baseline.view.columns, {name: [] for name in TABLES}
+    base, scored = counts_of(columns, job.baseline.rows), [column for column in columns if column.name.startswith(LABELLED)]
+    first_start = next((start for start in starts if look.sizes[start] >= job.fewest), None)
+    first, before = look.store.window(first_start)[1] if first_start else [], None
+    for start in redo:
+        place = starts.index(start)
+        if place and (before is None or before[0] != starts[place - 1]):
+            before = starts[place - 1], look.store.window(starts[place - 1])[0]
+        cells, sample = look.store.window(start)
+        if labelled := look.labelled.get(start):
+            cells |= {Cell(start, None, name): counts for name, counts in counts_of(scored, labelled).items()}
+        for name, rows in {**tabled(look, cells, base, before), **judged(look, start, sample, [] if start == first_start else first)}.items():
+            tables[name] += rows
+        before = start, cells
+    for name, schema in TABLES.items():
+        replace_windows(job.folder / name, schema, tables[name], redo)
+    return redo
+
+# %% ../../nbs/core/monitoring.ipynb #44784ed4
+def holding(job: Job) -> list[Alert]:
+    """Return the alerts that hold after the last judged window."""
+    out: dict[datetime, dict[str, list[dict]]] = defaultdict(lambda: defaultdict(list))
+    for line in read_table(job.folder / "signals"):
+        if line["out"]:
+            out[line["window"]["start"]][line["column_name"]].append({key: line[key] for key in ("figure", "value", "usual", "adjusted", "compared_with")})
+    starts = [row["window"]["start"] for row in read_table(job.folder / "windows") if row["judged"]]
+    return raised([Judged(start, dict(out.get(start, {}))) for start in starts], job.n, job.m)
+
+
+def sampled(look: Look, alert: Alert) -> list[dict]:
+    """Return the sampled rows of the windows of an alert."""
+    return [row for start in alert.windows for row in look.store.window(start)[1]]
+
+
+def new_words(look: Look, alert: Alert) -> list[str]:
+    """Return the words that are new in the windows of an alert, if its column holds texts."""
+    kinds = {column.name: column.kind for column in look.job.baseline.view.columns}
+    if kinds[alert.column] != "text":
+        return []
+    sides = look.job.baseline.rows, sampled(look, alert)
+    return telling_words(*([row[alert.column] for row in rows if row[alert.column] is not None] for rows in sides))
+
+# %% ../../nbs/core/monitoring.ipynb #a4e434a7
 def _asked(row: dict) -> str:
     inputs = {name: value for name, value in row.items() if name == "prompt" or name.startswith("input ")}
     (only,) = inputs.values() if len(inputs) == 1 else (json.dumps(inputs, ensure_ascii=False),)
@@ -198,13 +222,12 @@ def _asked(row: dict) -> str:
 def to_label(look: Look, alerts: Iterable[Alert]) -> list[dict]:
     """Return the rows that people should label next: of the alerts of what is asked, without a label, those with new words first."""
     found: dict[str, tuple[bool, dict]] = {}
-    for alert in alerts:
-        told = set(look.new_words(alert)) if of_input(alert.column) else set()
-        for row in (row for start in (alert.windows if of_input(alert.column) else ()) for row in look.store.window(start)[1]):
+    for alert in (alert for alert in alerts if of_input(alert.column)):
+        told = set(new_words(look, alert))
+        for row in sampled(look, alert):
             if row["request_id"] not in look.job.labels and row["client_request_id"] not in look.job.labels:
-                asked = _asked(row)
-                found[row["request_id"]] = (not told & set(asked.lower().split()), {"request_id": row["request_id"], "prompt": asked,
-                                                                                  "answer": row.get("answer", row.get("prediction")) or ""})
+                asked, answer = _asked(row), row.get("answer", row.get("prediction")) or ""
+                found[row["request_id"]] = (not told & set(words(asked)), {"request_id": row["request_id"], "prompt": asked, "answer": answer})
     return [row for _, row in sorted(found.values(), key=lambda pair: pair[0])][:MOST_TO_LABEL]
 
 
@@ -214,7 +237,7 @@ def new_rows(look: Look) -> list[dict]:
     return [{"prompt": _asked(row), "response": row["label"]["response"], **{key: value for key, value in row["label"].items() if key not in ours}}
             for rows in look.labelled.values() for row in rows if _asked(row)]
 
-
+# %% ../../nbs/core/monitoring.ipynb #aef11cb4
 def monitor(job: Job, needed: int, command: str, url: str | None, now: datetime | None = None) -> dict[str, Any]:
     """Look once and tell what holds; return {read, rows, windows, alerts, retrain, problem}. Raises BadInput.
 
@@ -227,18 +250,18 @@ def monitor(job: Job, needed: int, command: str, url: str | None, now: datetime 
     except Timeout:
         raise BadInput(str(job.folder), "is being written by another monitor of the same table", "wait for it") from None
     try:
-        return _look(job, needed, command, url, now)
+        return _monitor(job, needed, command, url, now)
     finally:
         lock.release()
 
 
-def _look(job: Job, needed: int, command: str, url: str | None, now: datetime | None) -> dict[str, Any]:
-    look = Look(job, now or datetime.now(timezone.utc))
-    alerts, fresh = look.alerts(), new_rows(look)
-    records = [as_record(alert, look.new_words(alert)) for alert in alerts]
+def _monitor(job: Job, needed: int, command: str, url: str | None, now: datetime | None) -> dict[str, Any]:
+    look = take_look(job, now or datetime.now(timezone.utc))
+    redone, alerts, fresh = refresh(look), holding(job), new_rows(look)
+    records = [as_record(alert, new_words(look, alert)) for alert in alerts]
     write_sheet(to_label(look, alerts), job.folder / "to_label.csv")
     (job.folder / "new_rows.jsonl").write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in fresh))
     told = tell(job.folder, job.name, records, retrain(alerts, len(fresh), needed, command), url)
     windows = read_table(job.folder / "windows")
-    return {"read": look.read._asdict() if look.read else None, "rows": look.store.account(), "windows": len(windows), "redone": len(look.redone),
+    return {"read": look.read._asdict() if look.read else None, "rows": look.store.account(), "windows": len(windows), "redone": len(redone),
             "judged": sum(row["judged"] for row in windows), "baseline": job.baseline.says, **{key: told[key] for key in ("alerts", "retrain", "problem")}}

@@ -103,7 +103,7 @@ def words_and_unseen(matrix: sparse.csr_matrix, parted: np.ndarray) -> tuple[np.
         nats = sum(np.where(side > 0, side * np.log2(side / middle), 0).sum(axis=0) for side in (p, q)) / 2
     return np.sqrt(np.maximum(nats, 0)), np.where(theirs < 0.5, p, 0).sum(axis=0)
 
-
+# %% ../../nbs/core/permutation.ipynb #0bb4370a
 def _odds(matrix: sparse.csr_matrix, parted: np.ndarray) -> np.ndarray:
     """Return the log odds (words, shuffles) that a word is the window's, each side's counts smoothed by a half."""
     ours = matrix.T @ parted.T

@@ -35,7 +35,7 @@ def _table(body: dict) -> list[Any] | None:
     """Return the rows of one of MLflow's forms of a table, None if the body has none."""
     split = body.get("dataframe_split")
     if isinstance(split, dict) and isinstance(split.get("data"), list) and isinstance(split.get("columns"), list):
-        return [dict(zip(split["columns"], row)) for row in split["data"] if isinstance(row, list)]
+        return [dict(zip(map(str, split["columns"]), row)) for row in split["data"] if isinstance(row, list)]
     form = next((name for name in FORMS if name in body), None)
     table = body.get(form) if form else None
     if isinstance(table, dict) and table and all(isinstance(values, list) for values in table.values()):
@@ -62,7 +62,11 @@ def questions(body: Any) -> list[dict]:
 
 # %% ../../nbs/core/traffic.ipynb #18bf51d8
 def _number(value: Any) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
+    return value if isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**53 else None
+
+
+def _said(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
 
 
 def answers(body: Any) -> list[dict]:
@@ -75,7 +79,7 @@ def answers(body: Any) -> list[dict]:
         if not found:
             return []
         said = found[0]["message"].get("content") if isinstance(found[0].get("message"), dict) else found[0].get("text")
-        return [{"answer": said if isinstance(said, str) else None, "finish_reason": found[0].get("finish_reason"),
+        return [{"answer": _said(said), "finish_reason": _said(found[0].get("finish_reason")),
                  "prompt_tokens": _number(usage.get("prompt_tokens")), "completion_tokens": _number(usage.get("completion_tokens"))}]
     predicted = body.get("predictions")
     predicted = predicted if isinstance(predicted, list) else [] if predicted is None else [predicted]
@@ -85,7 +89,10 @@ def answers(body: Any) -> list[dict]:
 # %% ../../nbs/core/traffic.ipynb #afb7a28d
 def _body(text: Any) -> Any:
     try:
-        return json.loads(text) if isinstance(text, str) else None
+        found = json.loads(text) if isinstance(text, str) else None
+        if found is not None and "\\ud" in text.lower():  # half of a surrogate pair is no text that a table could hold
+            return json.loads(json.dumps(found, ensure_ascii=False).encode(errors="replace"))
+        return found
     except (ValueError, RecursionError):
         return None
 

@@ -95,6 +95,14 @@ def table_columns(exchanges: Iterable[dict], criteria: Sequence[Criterion]) -> l
     return [*taken, Column("prediction", "category", "either", "what the model predicts"), *SERVICE, *_labelled(criteria)]
 
 
+def _fitting(value: Any, kind: str) -> Any:
+    """Return a value as its column can hold it, None if it cannot."""
+    if kind in ("number", "share"):
+        wanted = bool if kind == "share" else (int, float)
+        return value if isinstance(value, wanted) and not (isinstance(value, int) and abs(value) > 2**53) else None
+    return value if value is None or isinstance(value, str) else json.dumps(value)
+
+
 def table_values(exchange: dict, columns: Sequence[Column]) -> dict[str, Any]:
     """Return {column: value} of an exchange, without the labelled ones; a value of another type than its column's is None."""
     found = {"prediction": exchange["answer"], "latency_ms": exchange["latency_ms"],
@@ -103,8 +111,7 @@ def table_values(exchange: dict, columns: Sequence[Column]) -> dict[str, Any]:
     for column in columns:
         if column.name.startswith("input "):
             value = asked.get(column.name.removeprefix("input "))
-            fits = isinstance(value, (int, float)) if column.kind in ("number", "share") else isinstance(value, str)
-            found[column.name] = value if fits else None if value is None or column.kind in ("number", "share") else json.dumps(value)
+            found[column.name] = _fitting(value, column.kind)
     return found
 
 # %% ../../nbs/core/watched.ipynb #9c227fce
