@@ -23,7 +23,7 @@ from .runs import RunFolder, read_json, write_json
 from .settings import StrictModel, validate
 
 # %% auto #0
-__all__ = ['SECRET', 'COPIED', 'make_quiz', 'Finding', 'Findings', 'Mark', 'Score', 'score_quiz']
+__all__ = ['SECRET', 'COPIED', 'make_quiz', 'Finding', 'Findings', 'Mark', 'Score', 'read_findings', 'score_quiz']
 
 # %% ../../nbs/core/quiz.ipynb #4466970d
 SECRET = ".quiz.json"
@@ -147,13 +147,22 @@ def _places(quiz: Quiz, name: str, secret: dict, salt: str) -> str:
     return " ".join(place for place in tried if digest(place, salt + name) in secret["known"])
 
 
+def read_findings(text: str, place: str) -> Findings:
+    """Return what findings.yaml says; a day or a number may stand there without quotes. Raises BadInput."""
+    told = {}
+    for name, said in read_yaml(text, place).items():
+        said = said or {}
+        told[name] = {**said, "where": str(said["where"])} if isinstance(said, dict) and said.get("where") is not None else said
+    return validate(Findings, told, place)
+
+
 def score_quiz(folder: Path) -> Score:
     """Return the score of a quiz. Raises BadInput for a folder that is none, and findings that cannot be read."""
     quiz, content = _open(folder)
     file = folder / "findings.yaml"
     if not file.is_file():
         raise BadInput(str(file), "is missing", "write what you found into it: leak: {present: true, where: ...}")
-    told = validate(Findings, {key: value or {} for key, value in read_yaml(file.read_text(), file.name).items()}, file.name)
+    told = read_findings(file.read_text(), file.name)
     marks = [_mark(quiz, name, getattr(told, name), secret, content["salt"]) for name, secret in content["faults"].items()]
     points, most = sum(mark.points for mark in marks), 2 * sum(bool(secret["known"]) for secret in content["faults"].values())
     answered = all(getattr(told, name).present is not None for name in FAULTS)

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import pyarrow.parquet as pq
 import yaml
 
-from .errors import PhaseFailed
+from .errors import BadInput, PhaseFailed
 from .formats import FORMATS
 from .made_traffic import away, usual_prompts, write_traffic
 from .progress import PROGRESS_FILE, progress
@@ -115,9 +115,11 @@ def new_rows(run: RunFolder) -> list[dict]:
 
 
 def set_up_drill(run: RunFolder, folder: Path) -> Path:
-    """Write the drill's folder and return its run folder: engagement, prepared rows, answers of the base model, rows to add, traffic, policy."""
+    """Write the drill's folder and return its run folder: engagement, prepared rows, answers of the base model, rows to add, traffic, policy. Raises BadInput."""
     plan = run.need("plan")["settings"]
-    content = yaml.safe_load((run.path / "engagement.yaml").read_text())
+    if not (file := run.path / "engagement.yaml").is_file():
+        raise BadInput(str(file), "is missing, so there is nothing to try runbooks with", "run the engagement with finetune-accel run, or set handover.runbooks: []")
+    content = yaml.safe_load(file.read_text())
     copy = folder / "runs" / plan["name"]
     copy.mkdir(parents=True)
     (folder / "engagement.yaml").write_text(yaml.safe_dump(drill_engagement(content), sort_keys=False, allow_unicode=True))
@@ -132,7 +134,7 @@ def set_up_drill(run: RunFolder, folder: Path) -> Path:
     own_key(folder / "old.pem")
     new = own_key(folder / "new.pem")
     (folder / "new.pub").write_text(new.public)
-    (folder / "policy.yml").write_text(yaml.safe_dump({"people": [{"name": plan["owner"].strip()[:255] or "owner", "key": "new.pub", "may": ["register", "promote"]}],
+    (folder / "policy.yml").write_text(yaml.safe_dump({"people": [{"name": "you", "key": "new.pub", "may": ["register", "promote"]}],
                                                        "champion": {"approvals": 0}}, allow_unicode=True))
     return copy
 
