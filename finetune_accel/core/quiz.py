@@ -5,7 +5,6 @@
 # %% ../../nbs/core/quiz.ipynb #1a1ee948
 from __future__ import annotations
 
-import json
 import os
 import random
 import secrets
