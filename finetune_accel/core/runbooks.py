@@ -28,8 +28,8 @@ from .secrets import redact
 from .signing import own_key
 
 # %% auto #0
-__all__ = ['SHORT', 'LEFT_OUT', 'ASKS_FOR', 'ANSI', 'Step', 'Runbook', 'Done', 'runbooks', 'drill_engagement', 'new_rows',
-           'set_up_drill', 'carry_out', 'try_runbooks']
+__all__ = ['SHORT', 'LEFT_OUT', 'ASKS_FOR', 'NEW_ROWS', 'ANSI', 'Step', 'Runbook', 'Done', 'runbooks', 'drill_engagement',
+           'new_rows', 'set_up_drill', 'carry_out', 'try_runbooks']
 
 # %% ../../nbs/core/runbooks.ipynb #8128ea67
 class Step(NamedTuple):
@@ -91,27 +91,32 @@ ASKS_FOR = ("at_least", "at_most", "better_than")
 def drill_engagement(content: dict[str, Any]) -> dict[str, Any]:
     """Return a run's engagement with the short settings, criteria that ask for nothing, and without what a drill does not touch."""
     kept = {key: value for key, value in content.items() if key not in ("tracking_uri", "benchmark", "score", "monitor", "handover")}
+    kept["prepare"] = {key: value for key, value in kept["prepare"].items() if key != "limit"}  # which might cut off the very rows that are new
     short = {phase: {**(kept.get(phase) or {}), **values} for phase, values in SHORT.items()}
     short["evaluate"] = {key: value for key, value in short["evaluate"].items() if key not in LEFT_OUT}
     criteria = [{key: value for key, value in one.items() if key not in ASKS_FOR} for one in kept["plan"]["criteria"]]
     return {**kept, **short, "plan": {**kept["plan"], "criteria": criteria, "accept_open": True}, "promote": {}}
 
 
+NEW_ROWS = 8  # where rows have no groups each goes where its number sends it; of so many some will train
+
+
 def new_rows(run: RunFolder) -> list[dict]:
-    """Return three training rows, each said a little otherwise, in the form in which people would write them."""
+    """Return NEW_ROWS training rows, each said a little otherwise, in the form in which people would write them."""
     prepared = run.need("prepare")["settings"]
-    rows, approach = pq.read_table(run.output("prepare/train.parquet")).slice(0, 3).to_pylist(), prepared["approach"]
+    rows, approach = pq.read_table(run.output("prepare/train.parquet")).slice(0, NEW_ROWS).to_pylist(), prepared["approach"]
     columns = {"group": prepared["split"]["by"], "label": prepared["split"]["stratify"], None: None}
 
-    def said(row: dict) -> dict:
+    def said(row: dict, mark: str) -> dict:
         if approach == "continued_pretraining":
-            return {"text": f"{row['response']} (drill)"}
+            return {"text": f"{row['response']} {mark}"}
         if approach == "chat":
             first, *rest = [turn for turn in row["messages"] if turn["role"] != "system"]
-            return {"messages": [{**first, "content": f"{first['content']} (drill)"}, *rest]}
-        return {"prompt": f"{row['prompt']} (drill)", "response": row["response"]}
+            return {"messages": [{**first, "content": f"{first['content']} {mark}"}, *rest]}
+        return {"prompt": f"{row['prompt']} {mark}", "response": row["response"]}
 
-    return [said(row) | {theirs: row[ours] for ours, theirs in columns.items() if theirs} for row in rows]
+    return [said(row, f"(drill {number})") | {theirs: row[ours] for ours, theirs in columns.items() if theirs}
+            for number in range(NEW_ROWS) for row in [rows[number % len(rows)]]]
 
 
 def set_up_drill(run: RunFolder, folder: Path) -> Path:
