@@ -1,4 +1,4 @@
-"""A small engagement of one's own: three rows, a tiny random model, the same nine phases."""
+"""A small engagement of one's own: three rows, a tiny random model, all phases."""
 import json
 import os
 import subprocess
@@ -32,6 +32,7 @@ serve: {parity_prompts: 1, engines: [reference]}
 score: {}
 promote: {}
 monitor: {}
+handover: {}
 """
 
 

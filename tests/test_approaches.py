@@ -61,6 +61,7 @@ serve: {{parity_prompts: 2, engines: [reference]}}
 score: {{}}
 promote: {{}}
 monitor: {{}}
+handover: {{runbooks: []}}
 """
 
 

@@ -35,7 +35,8 @@ console = Console(force_jupyter=False)  # a command line writes text, also where
 
 # %% auto #0
 __all__ = ['app', 'console', 'Overrides', 'RunDir', 'Engine', 'Unpickle', 'init', 'check', 'validate_file', 'list_phases',
-           'doctor', 'Screen', 'run', 'show_grid', 'show_run', 'report', 'serve', 'score', 'endpoint', 'main']
+           'doctor', 'Screen', 'run', 'show_grid', 'show_run', 'handover', 'quiz', 'report', 'serve', 'score',
+           'endpoint', 'main']
 
 # %% ../../nbs/core/cli.ipynb #bfc8f08e
 @app.command()
@@ -178,8 +179,47 @@ def show_run(folder: Path) -> None:
         console.print(promotion_line(promoted, folder), soft_wrap=True, highlight=False, markup=False)
     if monitored:
         console.print(monitor_line(monitored, folder), soft_wrap=True, highlight=False, markup=False)
+    if (handed := run_folder.result("handover")) and handed["next_steps"]["advised"]:
+        console.print(f"next:   {handed['next_steps']['advised'][0]['do']} (why, and what else: the end of the report)", soft_wrap=True, highlight=False, markup=False)
     if evaluated and (missed := [c["criterion"] for c in evaluated["criteria"] if not c["met"]]):
         raise GateNotMet(f"criteria not met: {', '.join(missed)}. The report says by how much.")
+
+# %% ../../nbs/core/cli.ipynb #a41c09e2
+@app.command()
+def handover(run_dir: Path) -> None:
+    """Write the handover pack of a run folder, with every runbook tried in a copy of it."""
+    from finetune_accel.core.runbooks import runbooks
+
+    folder = RunFolder(run_dir.absolute())
+    settings = folder.need("plan")["settings"]
+    wanted = json.dumps(list(runbooks(settings["name"], settings["approach"])))
+    engagement = load_engagement(str(folder.path / "engagement.yaml"), [f"handover.runbooks={wanted}"])
+    with _bars() as progress:
+        run_engagement(engagement, folder.path, "handover", "handover", listener=Screen(progress))
+    console.print(f"the pack: {folder.output('handover/pack') / 'index.html'}", soft_wrap=True)
+
+
+@app.command()
+def quiz(target: Annotated[Path, typer.Argument(help="run folder; with --score the quiz")],
+         out: Annotated[Optional[Path], typer.Option(help="folder of the quiz to write")] = None,
+         seed: Annotated[Optional[int], typer.Option(min=0, help="draws the faults and their places; default: another each time")] = None,
+         score: Annotated[bool, typer.Option("--score", help="score what was found and mended; exit code 1 if it is not passed")] = False) -> None:
+    """Put faults into a copy of a run for the team to find and mend, or score what it found."""
+    from finetune_accel.core.quiz import make_quiz, score_quiz
+
+    if score == (out is not None):
+        raise BadInput("quiz", "needs either --out or --score", "finetune-accel quiz RUN_DIR --out FOLDER, then finetune-accel quiz FOLDER --score")
+    if not score:
+        console.print(f"read {make_quiz(RunFolder(target.absolute()), out.absolute(), seed) / 'README.md'}", soft_wrap=True)
+        return
+    found = score_quiz(target.absolute())
+    table = Table("fault", "", "points")
+    for mark in found.marks:
+        table.add_row(mark.fault, mark.says, str(mark.points))
+    console.print(table)
+    if not found.passed:
+        raise GateNotMet(f"{found.points} of {found.of} points; passed is who has all, and has answered for every fault")
+    console.print(f"{found.points} of {found.of} points: passed")
 
 # %% ../../nbs/core/cli.ipynb #7e041c28
 @app.command()

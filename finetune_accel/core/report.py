@@ -149,8 +149,10 @@ def _picture(run: RunFolder, name: str, alt: str) -> str:
     return svg.replace("<svg ", f'<svg role="img" aria-label="{alt}" ', 1)
 
 # %% ../../nbs/core/report.ipynb #883f84fd
-def write_report(run: RunFolder) -> Path:
+def write_report(run: RunFolder, path: Path | None = None, newer: dict[str, dict] = {}) -> Path:
     """Write report.html of a run folder and return its path; phases that did not run are left out.
+
+    `path` is another place for it; `newer` are facts, by phase, of a phase that is about to write its result.
 
     Raises BadInput for results that another version wrote.
     """
@@ -168,7 +170,7 @@ def write_report(run: RunFolder) -> Path:
                 "cost": _picture(run, "evaluate/cost.svg", "Cost of a month over its requests")}
     evaluated = results.get("evaluate")
     facts = dict(
-        name=run.path.name, microscope=microscope, results=every, done=results, pictures=pictures, lineage=lineage(results), not_shown=not_shown(results),
+        name=run.path.name, microscope=microscope, results=every | newer, done=results, pictures=pictures, lineage=lineage(results), not_shown=not_shown(results),
         approach=next((result["settings"]["approach"] for result in results.values()), "").replace("_", " "),
         systems=systems_compared(evaluated["scores"]) if evaluated else [],
         table=score_lines(evaluated["scores"]) if evaluated else [], sentences=verdict_sentences(evaluated) if evaluated else [],
@@ -180,7 +182,7 @@ def write_report(run: RunFolder) -> Path:
         html = environment.from_string(template).render(facts)
     except UndefinedError as error:
         raise BadInput(str(run.path), f"holds results of another version of finetune-accel ({error.message})", "run the engagement again") from None
-    path, staged = run.path / "report.html", run.path / ".report.html"
+    path, staged = path or run.path / "report.html", run.path / ".report.html"
     staged.write_text(redact(html))
     os.replace(staged, path)
     return path
