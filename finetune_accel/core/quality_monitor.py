@@ -54,7 +54,7 @@ def keep_monitor(unpacked: str, host: str | None = None, token: str | None = Non
         try:
             monitors.get(unpacked)
         except NotFound:
-            monitors.create(unpacked, config["assets_dir"], **given)
+            monitors.create(unpacked, assets_dir=config["assets_dir"], **given)
             return "made"
         monitors.update(unpacked, **given)
         return "kept"
