@@ -5,6 +5,7 @@
 # %% ../../nbs/core/bundle.ipynb #55872739
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -175,13 +176,18 @@ def _task_problems(key: str, task: dict, origin: Path, bundle: Bundle, tree: dic
             yield f"tasks.{key}.python_wheel_task.parameters", problem
 
 # %% ../../nbs/core/bundle.ipynb #b4ae7ac6
-def command_problems(words: list[str], bundle: Bundle) -> Iterator[str]:
-    """Yield what is wrong with a command line of ours: a command or option that is none, a file or phase that is not there."""
+@functools.cache
+def _commands() -> Any:
     import typer
 
     from finetune_accel.core.cli import app
 
-    group = typer.main.get_command(app)
+    return typer.main.get_command(app)
+
+
+def command_problems(words: list[str], bundle: Bundle) -> Iterator[str]:
+    """Yield what is wrong with a command line of ours: a command or option that is none, a file or phase that is not there."""
+    group = _commands()
     try:
         with group.make_context("finetune-accel", list(words), resilient_parsing=False) as context:
             name, command, rest = group.resolve_command(context, [*context._protected_args, *context.args])

@@ -114,7 +114,7 @@ def on_a_job_machine(volume: Path | None, runs: Path, key: str | None) -> Iterat
 
 # %% ../../nbs/core/job.ipynb #3cee618a
 def command(*words: str) -> None:
-    """Run `finetune-accel WORDS...` and print what it says. Raises GateNotMet, BadInput or PhaseFailed as its exit code says."""
+    """Run `finetune-accel WORDS...` and print what it says. Raises GateNotMet if a gate stopped it, PhaseFailed for any other end."""
     with subprocess.Popen([sys.executable, "-m", "finetune_accel.core.cli", *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         lines = []
         for line in process.stdout:
@@ -122,4 +122,4 @@ def command(*words: str) -> None:
             lines.append(line)
     if process.returncode:
         last = "".join(lines[-5:]).strip()
-        raise {1: GateNotMet, 2: PhaseFailed}.get(process.returncode, PhaseFailed)(last)
+        raise (GateNotMet if process.returncode == 1 else PhaseFailed)(last)
