@@ -21,7 +21,7 @@ setup(
     # The phase notebooks ride along inside the package, so that an installed wheel can run them.
     packages=[*find_packages(include=["finetune_accel", "finetune_accel.*"]), "finetune_accel.nbs"],
     package_dir={"finetune_accel.nbs": "nbs"},
-    package_data={"finetune_accel": ["engagements/*.yaml", "*.j2", "page.html", "template/*", "template/**/*"], "finetune_accel.nbs": ["[0-9]*.ipynb"]},
+    package_data={"finetune_accel": ["engagements/*.yaml", "*.j2", "page.html", "template/*", "template/**/*", "template/repo/.*", "template/repo/.github/workflows/*"], "finetune_accel.nbs": ["[0-9]*.ipynb"]},
     install_requires=cfg["requirements"].split(),
     extras_require={name: cfg[f"{name}_requirements"].split() for name in ("gpu", "openvino", "scaffold", "spark", "sql", "dev")},
     entry_points={"console_scripts": cfg["console_scripts"].split(), "finetune_accel.validators": cfg["validators"].split()},

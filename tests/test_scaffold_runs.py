@@ -3,7 +3,6 @@ of the first and the second deploy."""
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -11,18 +10,16 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 from conftest import ROWS
 from mlflow.tracking import MlflowClient
 from scaffolding import render, run_steps
 from standin_workspace import TOKEN, standing_workspace
 from tiny import tiny_model
+from typer.testing import CliRunner
 
 from finetune_accel.core import endpoint, stores
 from finetune_accel.core.bundle import filled, read_bundle, target_tree
 from finetune_accel.core.cli import app
-from finetune_accel.core.errors import BadInput
-from finetune_accel.core.signing import own_key
 
 TUNED = {"pipeline": "engagement", "source": "data/rows.jsonl", "base_model": "path:tiny", "name": "mine"}
 PREPARED = ["secrets", "check", "unit", "data"]
