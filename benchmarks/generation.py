@@ -29,7 +29,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 PROMPT, NEW, LIMIT = 32, 64, 48  # tokens: of a random prompt, forced after it, and at most of an answer that ends by itself
 SIDES = {"cpu": ["plain-fp32", "plain-bf16", "reference", "openvino", "openvino-bf16"],
-         "cuda": ["plain-fp32", "plain-bf16", "reference"]}
+         "cuda": ["plain-fp32", "plain-bf16", "reference", "cuda", "cuda-bf16"]}
 
 
 def random_prompts(rows: int, vocabulary: int) -> list[list[int]]:
@@ -84,6 +84,7 @@ class Ours:
     def decode(self, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
         """Write `new_tokens` after each prompt."""
         from finetune_accel.core import generate
+        from finetune_accel.core.live import decode_all
 
         def never(tokens: list[int]) -> bool:
             return False
@@ -92,8 +93,8 @@ class Ours:
             with generate.inference(self.engine.model):
                 decoded = generate._decode_batch(self.engine.model, prompts, None, new_tokens, generate.Sampling(), never)
         else:
-            self.engine.ends = set()
-            decoded = self.engine.decode(prompts, new_tokens, never)
+            self.engine.ends = {None: set()} if self.name.startswith("cuda") else set()
+            decoded = decode_all(self.engine, prompts, new_tokens, never)
         return [tokens for tokens, *_ in decoded]
 
     def answers(self, conversations: list, limit: int) -> list[str]:

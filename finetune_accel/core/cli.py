@@ -247,7 +247,7 @@ Unpickle = Annotated[bool, typer.Option("--unpickle", help="let an MLflow model 
 
 @app.command()
 def serve(target: str, host: str = "127.0.0.1", port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
-          engine: Annotated[Optional[str], typer.Option(help="reference, openvino or openvino-bf16; default: what the run was proven with")] = None,
+          engine: Annotated[Optional[str], typer.Option(help="what computes the answers: reference, openvino, openvino-bf16, cuda or cuda-bf16; default: what the run was proven with")] = None,
           base: Annotated[bool, typer.Option(help="serve a run folder's base model beside it, as `base`")] = False,
           also: Annotated[list[str], typer.Option(help="NAME=TARGET: another model, asked by its name")] = [],
           adapter: Annotated[list[str], typer.Option(help="NAME=FOLDER: a LoRA adapter on TARGET, asked by its name")] = [],
@@ -273,7 +273,7 @@ def serve(target: str, host: str = "127.0.0.1", port: Annotated[int, typer.Optio
 @app.command()
 def score(source: str, model: Annotated[str, typer.Option(help="run folder, models:/name@alias or model folder")],
           out: Annotated[Path, typer.Option(help="folder of the Delta table of answers; OUT_set_aside has the rows that have none")],
-          engine: Annotated[Optional[str], typer.Option(help="reference, openvino or openvino-bf16; default: what the run was proven with")] = None,
+          engine: Annotated[Optional[str], typer.Option(help="what computes the answers: reference, openvino, openvino-bf16, cuda or cuda-bf16; default: what the run was proven with")] = None,
           max_tokens: Annotated[Optional[int], typer.Option(min=1, help="longest answer; default: as the run was evaluated")] = None,
           schema: Annotated[Optional[Path], typer.Option(help="file with the JSON schema that each answer must follow")] = None,
           constrain: Annotated[bool, typer.Option("--constrain", help="let the engine write only what the schema allows")] = False,
