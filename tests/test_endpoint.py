@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,8 +17,10 @@ from databricks.sdk.service import serving as sdk
 from serving import HELLO, free_port, wait_until
 from standin_workspace import MODEL, TOKEN, standing_workspace
 
+from finetune_accel.core import endpoint, stores
 from finetune_accel.core.endpoint import (
     NEXT_VERSION, TASK, WORKLOAD_TYPES, databricks_endpoint, deploy, endpoint_config, entrypoint, log_server, server_of_run)
+from finetune_accel.core.environments import open_office
 from finetune_accel.core.errors import BadInput, PhaseFailed
 from finetune_accel.core.generate import generate, load
 
@@ -208,3 +211,37 @@ def test_what_a_workspace_refuses_is_said_in_its_words(workspace, monkeypatch):
     monkeypatch.setattr("finetune_accel.core.endpoint.RETRY_SECONDS", 1)
     with pytest.raises(PhaseFailed, match="the workspace failed"):
         workspace.call(3, host=f"http://127.0.0.1:{free_port()}")
+
+
+# --- the champion of an environment
+
+@pytest.mark.slow
+def test_a_champion_gets_one_server_and_the_endpoint_follows_it(finished, workspace, tmp_path, monkeypatch):
+    """Registered once, by the version that it serves; only the packing of the environment, which needs Databricks' serverless compute, is left out."""
+    shutil.copytree(finished[0] / "runs", tmp_path / "runs")
+    run, store = tmp_path / "runs/mine", f"sqlite:///{tmp_path / 'runs/mlflow.db'}"
+    monkeypatch.setenv("DATABRICKS_HOST", workspace.url)
+    monkeypatch.setenv("DATABRICKS_TOKEN", TOKEN)
+    with pytest.raises(BadInput, match="stands for nothing in dev, so there is nothing to serve yet"):
+        databricks_endpoint(str(run), environment="dev", deploying=True)
+    office = open_office(run)
+    place = office.place("dev")
+    stores.set_alias(place.uri, place.model, "champion", stores.alias_version(place.uri, place.model, "candidate"))
+    with pytest.raises(BadInput, match="serverless"):
+        databricks_endpoint(str(run), environment="dev", deploying=True)
+
+    def unpacked(folder, registered, run_id, metadata):
+        with mlflow.start_run(run_id=run_id):
+            return int(mlflow.register_model(log_server(folder, registered.split(".")[-1], metadata), f"{registered}_server").version)
+
+    monkeypatch.setattr(endpoint, "require_packable", lambda: None)
+    monkeypatch.setattr(endpoint, "register_server", unpacked)
+    monkeypatch.setitem(endpoint.deploy.__kwdefaults__, "poll_seconds", 0.01)
+    workspace.state["versions_of"] = lambda model, kind, which: int(which) if model == f"{place.model}_server" else None
+    assert databricks_endpoint(str(run), environment="dev")["config"]["config"]["served_entities"][0]["entity_version"] == NEXT_VERSION
+    first = databricks_endpoint(str(run), "home-intents", environment="dev", deploying=True, tell=lambda line: None)
+    entity = first["config"]["config"]["served_entities"][0]
+    assert (entity["entity_name"], entity["entity_version"], first["ready"]) == (f"{place.model}_server", "1", "READY") and workspace.sent() == [("POST", "/api/2.0/serving-endpoints")]
+    databricks_endpoint(str(run), "home-intents", environment="dev", deploying=True, tell=lambda line: None)
+    assert workspace.sent() == [("POST", "/api/2.0/serving-endpoints")], "the same champion is not registered and not sent again"
+    assert stores.alias_version(store, f"{place.model}_server", "of-1") == "1"
