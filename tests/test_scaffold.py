@@ -72,6 +72,17 @@ def test_its_documents_name_what_is_there(default):
     assert all(f"## {title}" in record for title in ("What makes the model: engagement", "Cloud: aws", "CI/CD: GitHub Actions", "Inference: realtime", "Compute: serverless_gpu"))
 
 
+def test_what_the_comparison_with_mlops_stacks_says_is_shown_somewhere():
+    text = (REPO / "docs/mlops_stacks.md").read_text()
+    tests = "".join(path.read_text() for path in (REPO / "tests").glob("*.py"))
+    for name in re.findall(r"`(test_\w+|check_\w+)(?:\.\.\.)?", text):
+        assert f"def {name}" in tests, name
+    for path in re.findall(r"`((?:tests|benchmarks|finetune_accel)/[\w./]+)`", text) + re.findall(r"\]\(\.\./([^)]+)\)", text):
+        assert (REPO / path).exists(), path
+    rows = [line for line in text.splitlines() if line.startswith("|") and not set(line) <= set("|- ")]
+    assert len(rows) > 35 and all(line.count("|") >= 3 for line in rows)
+
+
 # --- what the checks find
 
 SPOILT = {  # file: (what stands there, what is written instead, what is said)
