@@ -38,12 +38,8 @@ def with_data(folder: Path, **answers: str) -> Path:
 
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory):
-    """A repository whose pull request passes, after it has."""
-    home = with_data(tmp_path_factory.mktemp("tuned") / "mine")
-    found = run_steps(home, "github")
-    print(*(f"{name}: {code}\n{output}" for name, (code, output) in found.items()), sep="\n")
-    assert {name: code for name, (code, _) in found.items()} == dict.fromkeys(EVERY, 0)
-    return home
+    """A repository to spoil."""
+    return with_data(tmp_path_factory.mktemp("tuned") / "mine")
 
 
 def spoil(home: Path, name: str, old: str, new: str) -> None:
@@ -73,6 +69,14 @@ def test_a_planted_fault_turns_the_right_step_red(tuned, tmp_path, fault):
     print(f"{fault}: {last} ended with {code}\n{output[-600:]}")
     assert last == step and code != 0 and [one for _, (one, _) in before] == [0] * len(before) and list(found) == EVERY[:EVERY.index(step) + 1]
     assert said in output and "Traceback" not in output, output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ci", ["github", "azure_devops", "gitlab"])
+def test_without_a_fault_all_steps_are_green(tmp_path, ci):
+    found = run_steps(with_data(tmp_path / "mine", ci=ci), ci)
+    print(*(f"{name} ended with {code}\n{output[-600:]}" for name, (code, output) in found.items()), sep="\n")
+    assert {name: code for name, (code, _) in found.items()} == dict.fromkeys(EVERY, 0)
 
 
 # --- a model of the customer's own
