@@ -9,12 +9,13 @@
 # make scoring  rows a second beside a loop over transformers' pipeline (RUN); make kills: jobs and streams killed ten times in each of four ways
 # make drift  what the monitor finds and how often it is wrong; make million: a million requests through it; make loop: from an alert to the next champion
 # make ray    scoring in Ray, killed; make vllm: the engine vllm with a vLLM of its own in .venv-vllm (VLLM=vllm on an NVIDIA GPU)
+# make combinations   every combination of the scaffold's choices, checked without a workspace
 # make gpu    on one NVIDIA GPU: speed beside TRL (and Unsloth: UNSLOTH=FOLDER), memory, exactness, FP8 and four bits on real weights
 # make sync   after editing a notebook: export the package, the parameters cells and README.md
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test slow lock locked lab sync benchmark generation scale scoring kills serving drift loop million ray vllm gpu clean
+.PHONY: demo test slow lock locked lab sync benchmark generation scale scoring kills serving drift loop million ray vllm combinations gpu clean
 
 demo: .venv/.installed
 	$(BIN)/finetune-accel run home-intents
@@ -74,6 +75,8 @@ million: .venv/.installed-dev
 
 loop: .venv/.installed-dev
 	$(BIN)/python benchmarks/loop.py
+combinations: .venv/.installed-dev
+	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python benchmarks/scaffold.py
 
 scale: .venv/.installed-dev
 	$(BIN)/python benchmarks/prepare_scale.py

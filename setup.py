@@ -21,8 +21,10 @@ setup(
     # The phase notebooks ride along inside the package, so that an installed wheel can run them.
     packages=[*find_packages(include=["finetune_accel", "finetune_accel.*"]), "finetune_accel.nbs"],
     package_dir={"finetune_accel.nbs": "nbs"},
-    package_data={"finetune_accel": ["engagements/*.yaml", "*.j2", "page.html", "second_use_case.ipynb"], "finetune_accel.nbs": ["[0-9]*.ipynb"]},
+    package_data={"finetune_accel": ["engagements/*.yaml", "*.j2", "page.html", "second_use_case.ipynb", "template/*", "template/**/*", "template/repo/.*",
+                                     "template/repo/.github/workflows/*"],
+                  "finetune_accel.nbs": ["[0-9]*.ipynb"]},
     install_requires=cfg["requirements"].split(),
-    extras_require={name: cfg[f"{name}_requirements"].split() for name in ("gpu", "openvino", "ray", "spark", "sql", "dev")},
+    extras_require={name: cfg[f"{name}_requirements"].split() for name in ("gpu", "openvino", "ray", "scaffold", "spark", "sql", "dev")},
     entry_points={"console_scripts": cfg["console_scripts"].split(), "finetune_accel.validators": cfg["validators"].split()},
 )

@@ -1,30 +1,29 @@
 """Databricks Model Serving: what is logged and started there, and databricks-sdk against a local server that speaks the workspace's paths."""
 from __future__ import annotations
 
-import copy
 import json
 import os
-import re
 import shlex
+import shutil
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx
 import mlflow
 import pytest
-from databricks.bundles.model_serving_endpoints import AiGatewayConfig, EndpointCoreConfigInput, ModelServingEndpoint, ServingModelWorkloadType
+from databricks.bundles.model_serving_endpoints import ModelServingEndpoint, ServingModelWorkloadType
 from databricks.sdk.service import serving as sdk
 from serving import HELLO, free_port, wait_until
+from standin_workspace import MODEL, TOKEN, standing_workspace
 
+from finetune_accel.core import endpoint, stores
 from finetune_accel.core.endpoint import (
     NEXT_VERSION, TASK, WORKLOAD_TYPES, databricks_endpoint, deploy, endpoint_config, entrypoint, log_server, server_of_run)
+from finetune_accel.core.environments import open_office
 from finetune_accel.core.errors import BadInput, PhaseFailed
 from finetune_accel.core.generate import generate, load
 
-MODEL, TOKEN = "main.default.home_intents_server", "dapi-of-this-test"
 CONFIG = dict(workload_type="GPU_MEDIUM", table="main.logs.home", calls_per_minute=600, tags={"team": "home"},
               environment={"HF_TOKEN": "{{secrets/home/hf}}"})
 
@@ -115,107 +114,18 @@ def test_what_an_endpoint_cannot_serve_is_said_first(tmp_path, monkeypatch):
 
 # --- the workspace
 
-class Workspace(BaseHTTPRequestHandler):
-    """The paths, bodies and errors of a workspace; a version has to come up in three looks, 13 cannot, 99 never does."""
-
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *_):
-        pass
-
-    def reply(self, status: int, body: dict) -> None:
-        content = json.dumps(body).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def answer(self) -> None:
-        state, path = self.server.state, self.path.split("?")[0]
-        body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or b"{}")
-        state["asked"].append((self.command, path, copy.deepcopy(body)))
-        if not path.startswith("/api/"):
-            return self.reply(404, {})
-        if self.headers.get("Authorization") != f"Bearer {TOKEN}":
-            return self.reply(403, {"error_code": "PERMISSION_DENIED", "message": "Invalid access token."})
-        if found := re.fullmatch(r"/api/2.1/unity-catalog/models/([^/]+)/(versions|aliases)/([^/]+)", path):
-            model, kind, which = found.groups()
-            version = {"champion": 4}.get(which) if kind == "aliases" else int(which)
-            if model != MODEL or not version:
-                return self.reply(404, {"error_code": "RESOURCE_DOES_NOT_EXIST", "message": f"{model} {which} does not exist."})
-            status = state["versions"].pop(0) if state["versions"] else "READY"
-            return self.reply(200, {"full_name": model, "version": version, "status": status})
-        name, _, part = path.removeprefix("/api/2.0/serving-endpoints").strip("/").partition("/")
-        return self.endpoint(state["endpoints"], name or body.get("name"), part, body)
-
-    do_GET = do_POST = do_PUT = do_PATCH = answer
-
-    def endpoint(self, endpoints: dict, name: str, part: str, body: dict) -> None:
-        try:  # Databricks' own definitions of what may be sent
-            if self.command in ("POST", "PUT"):
-                {"": ModelServingEndpoint, "config": EndpointCoreConfigInput, "ai-gateway": AiGatewayConfig}[part].from_dict(body)
-        except Exception as error:
-            return self.reply(400, {"error_code": "INVALID_PARAMETER_VALUE", "message": str(error)})
-        if self.command == "POST":
-            if name in endpoints:
-                return self.reply(409, {"error_code": "RESOURCE_ALREADY_EXISTS", "message": f"Endpoint {name} already exists."})
-            endpoints[name] = {"name": name, "ai_gateway": body["ai_gateway"], "tags": body.get("tags", []), "state": {"ready": "NOT_READY"}}
-        if name not in endpoints:
-            return self.reply(404, {"error_code": "RESOURCE_DOES_NOT_EXIST", "message": f"Endpoint with name '{name}' does not exist."})
-        endpoint = endpoints[name]
-        if part == "ai-gateway":
-            endpoint["ai_gateway"] = body
-            return self.reply(200, body)
-        if part == "tags":
-            endpoint["tags"] = list({tag["key"]: tag for tag in endpoint["tags"] + body["add_tags"]}.values())
-            return self.reply(200, {"tags": endpoint["tags"]})
-        if self.command != "GET":
-            if "pending_config" in endpoint:
-                return self.reply(409, {"error_code": "RESOURCE_CONFLICT", "message": f"Endpoint {name} is currently being updated."})
-            endpoint["pending_config"] = body if part else body["config"]
-            endpoint["state"]["config_update"] = "IN_PROGRESS"
-            self.server.state["looks"] = 0
-        elif "pending_config" in endpoint:
-            self.come_up(endpoint)
-        return self.reply(200, endpoint)
-
-    def come_up(self, endpoint: dict) -> None:
-        self.server.state["looks"] += 1
-        looks, (entity, *_) = self.server.state["looks"], endpoint["pending_config"]["served_entities"]
-        entity["state"] = {"deployment": "DEPLOYMENT_CREATING", "deployment_state_message": "Loading the model" if looks > 1 else "Preparing"}
-        if looks < 3 or entity["entity_version"] == "99":
-            return
-        if entity["entity_version"] == "13":
-            entity["state"] = {"deployment": "DEPLOYMENT_FAILED", "deployment_state_message": "The entrypoint ended with 1"}
-            endpoint["state"]["config_update"] = "UPDATE_FAILED"
-            return
-        entity["state"] = {"deployment": "DEPLOYMENT_READY", "deployment_state_message": ""}
-        endpoint["config"] = {**endpoint.pop("pending_config"), "config_version": 1}
-        endpoint["state"] = {"ready": "READY", "config_update": "NOT_UPDATING"}
-
-
 @pytest.fixture
 def workspace(monkeypatch, tmp_path):
     """A workspace, and `call(version, ...)`, which deploys to it and returns (outcome, what was told)."""
-    for variable in [name for name in os.environ if name.startswith("DATABRICKS_")]:
-        monkeypatch.delenv(variable)
-    monkeypatch.setenv("HOME", str(tmp_path))  # no profile of a real workspace
-    listening = ThreadingHTTPServer(("127.0.0.1", 0), Workspace)
-    listening.state = {"asked": [], "endpoints": {}, "versions": [], "looks": 0}
-    threading.Thread(target=listening.serve_forever, args=(0.02,), daemon=True).start()
-    listening.url = f"http://127.0.0.1:{listening.server_port}"
+    with standing_workspace(monkeypatch, tmp_path) as listening:
+        def call(version, model=MODEL, token=TOKEN, host=listening.url, name="home-intents", wait=None, **options):
+            told = []
+            config = endpoint_config(name, model, version, **{**CONFIG, **options})
+            return deploy(config, host, token, poll_seconds=0.01, tell=told.append, **(wait or {})), told
 
-    def call(version, model=MODEL, token=TOKEN, host=listening.url, name="home-intents", wait=None, **options):
-        told = []
-        config = endpoint_config(name, model, version, **{**CONFIG, **options})
-        return deploy(config, host, token, poll_seconds=0.01, tell=told.append, **(wait or {})), told
-
-    listening.call = call
-    listening.sent = lambda: [(command, path.split("home-intents")[-1]) for command, path, _ in listening.state["asked"] if command != "GET"]
-    yield listening
-    listening.shutdown()
-    listening.server_close()
+        listening.call = call
+        listening.sent = lambda: [(command, path.split("home-intents")[-1]) for command, path, _ in listening.state["asked"] if command != "GET"]
+        yield listening
 
 
 def test_an_endpoint_is_created_and_waited_for(workspace):
@@ -301,3 +211,37 @@ def test_what_a_workspace_refuses_is_said_in_its_words(workspace, monkeypatch):
     monkeypatch.setattr("finetune_accel.core.endpoint.RETRY_SECONDS", 1)
     with pytest.raises(PhaseFailed, match="the workspace failed"):
         workspace.call(3, host=f"http://127.0.0.1:{free_port()}")
+
+
+# --- the champion of an environment
+
+@pytest.mark.slow
+def test_a_champion_gets_one_server_and_the_endpoint_follows_it(finished, workspace, tmp_path, monkeypatch):
+    """Registered once, by the version that it serves; only the packing of the environment, which needs Databricks' serverless compute, is left out."""
+    shutil.copytree(finished[0] / "runs", tmp_path / "runs")
+    run, store = tmp_path / "runs/mine", f"sqlite:///{tmp_path / 'runs/mlflow.db'}"
+    monkeypatch.setenv("DATABRICKS_HOST", workspace.url)
+    monkeypatch.setenv("DATABRICKS_TOKEN", TOKEN)
+    with pytest.raises(BadInput, match="stands for nothing in dev, so there is nothing to serve yet"):
+        databricks_endpoint(str(run), environment="dev", deploying=True)
+    office = open_office(run)
+    place = office.place("dev")
+    stores.set_alias(place.uri, place.model, "champion", stores.alias_version(place.uri, place.model, "candidate"))
+    with pytest.raises(BadInput, match="serverless"):
+        databricks_endpoint(str(run), environment="dev", deploying=True)
+
+    def unpacked(folder, registered, run_id, metadata):
+        with mlflow.start_run(run_id=run_id):
+            return int(mlflow.register_model(log_server(folder, registered.split(".")[-1], metadata), f"{registered}_server").version)
+
+    monkeypatch.setattr(endpoint, "require_packable", lambda: None)
+    monkeypatch.setattr(endpoint, "register_server", unpacked)
+    monkeypatch.setitem(endpoint.deploy.__kwdefaults__, "poll_seconds", 0.01)
+    workspace.state["versions_of"] = lambda model, kind, which: int(which) if model == f"{place.model}_server" else None
+    assert databricks_endpoint(str(run), environment="dev")["config"]["config"]["served_entities"][0]["entity_version"] == NEXT_VERSION
+    first = databricks_endpoint(str(run), "home-intents", environment="dev", deploying=True, tell=lambda line: None)
+    entity = first["config"]["config"]["served_entities"][0]
+    assert (entity["entity_name"], entity["entity_version"], first["ready"]) == (f"{place.model}_server", "1", "READY") and workspace.sent() == [("POST", "/api/2.0/serving-endpoints")]
+    databricks_endpoint(str(run), "home-intents", environment="dev", deploying=True, tell=lambda line: None)
+    assert workspace.sent() == [("POST", "/api/2.0/serving-endpoints")], "the same champion is not registered and not sent again"
+    assert stores.alias_version(store, f"{place.model}_server", "of-1") == "1"

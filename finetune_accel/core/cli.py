@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from .engagement import load_engagement, phases, shipped_engagements
+from .engagement import load_engagement, overrides_of, phases, shipped_engagements
 from .errors import BadInput, FinetuneAccelError, GateNotMet
 from .monitor_commands import commands as monitor_commands
 from .pipeline import run_engagement, run_grid
@@ -27,16 +27,26 @@ from .runs import RunFolder, resolve_run_dir
 from .secrets import redact
 from .settings import own_fields
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
-                  help="From a company's own data to a fine-tuned model that it can prove is better, serve and operate alone.")
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 app.add_typer(commands)
 app.add_typer(monitor_commands)
 console = Console(force_jupyter=False)  # a command line writes text, also where a notebook tries it
 
+
+@app.callback()
+def on_a_job_machine(context: typer.Context,
+                     runs: Annotated[Optional[Path], typer.Option(help="volume whose run folders are fetched into ./runs before the command and given back after it")] = None,
+                     key: Annotated[Optional[str], typer.Option(help="sign with this key: a file, or secret:SCOPE/KEY of the workspace")] = None) -> None:
+    """From a company's own data to a fine-tuned model that it can prove is better, serve and operate alone."""
+    if runs or key:
+        from finetune_accel.core import job
+
+        context.with_resource(job.on_a_job_machine(runs, resolve_run_dir("runs"), key))
+
 # %% auto #0
-__all__ = ['app', 'console', 'Overrides', 'RunDir', 'Engine', 'Unpickle', 'init', 'check', 'validate_file', 'list_phases',
-           'doctor', 'Screen', 'run', 'show_grid', 'show_run', 'handover', 'quiz', 'report', 'serve', 'score',
-           'endpoint', 'main']
+__all__ = ['app', 'console', 'Overrides', 'RunDir', 'Engine', 'Unpickle', 'on_a_job_machine', 'init', 'check', 'scaffold',
+           'validate_file', 'list_phases', 'doctor', 'Screen', 'run', 'show_grid', 'show_run', 'handover', 'quiz',
+           'report', 'serve', 'score', 'endpoint', 'main']
 
 # %% ../../nbs/core/cli.ipynb #bfc8f08e
 @app.command()
@@ -51,10 +61,36 @@ def init(name: str, to: Annotated[Optional[Path], typer.Option(help="file to wri
 
 
 @app.command()
-def check(file: str) -> None:
-    """Check an engagement file (or shipped name) without running anything."""
-    engagement = load_engagement(file)
-    console.print(f"{engagement.path.name} is valid: {', '.join(engagement.sections)}", soft_wrap=True)
+def check(target: str) -> None:
+    """Check an engagement file (or shipped name), judging.yaml or databricks.yml without running anything; of a folder, that no file holds a secret."""
+    path = Path(target)
+    if path.is_dir():
+        from finetune_accel.core.repository import check_secrets
+
+        found = f"{check_secrets(path)} files hold no secret"
+    elif path.name == "databricks.yml":
+        from finetune_accel.core.bundle import check_bundle
+
+        found = f"databricks.yml holds together: {', '.join(check_bundle(path.parent))}"
+    elif path.name == "judging.yaml":
+        from finetune_accel.core.judging import check_judging
+
+        found = f"{path.name} is valid: {check_judging(path)} test rows"
+    else:
+        engagement = load_engagement(target)
+        found = f"{engagement.path.name} is valid: {', '.join(engagement.sections)}"
+    console.print(found, soft_wrap=True, markup=False, highlight=False)
+
+
+@app.command()
+def scaffold(folder: Path, defaults: Annotated[bool, typer.Option("--defaults", help="ask nothing")] = False,
+             data: Annotated[list[str], typer.Option(help="NAME=VALUE: the answer to a question, may be repeated")] = []) -> None:
+    """Make the customer's production repository: bundle, CI/CD, tests, documents. Each question says what follows from its answer."""
+    from finetune_accel.core.scaffold import read_answers
+    from finetune_accel.core.scaffold import scaffold as make
+
+    made = make(folder, read_answers(data), defaults)
+    console.print(f"wrote {made}. Next: cd {made}, git init, git add ., and README.md", soft_wrap=True, markup=False, highlight=False)
 
 
 @app.command(name="validate")
@@ -82,11 +118,19 @@ def list_phases() -> None:
 
 
 @app.command()
-def doctor() -> None:
-    """Say what this machine has and what it lacks."""
+def doctor(workspace: Annotated[Optional[str], typer.Option(help="catalog.schema: ask the workspace of $DATABRICKS_HOST what a first deploy needs there")] = None) -> None:
+    """Say what this machine, or a workspace, has and what it lacks."""
+    table = Table("", "what", "found")
+    if workspace:
+        from finetune_accel.core.workspace import examine_workspace
+
+        answers = examine_workspace(workspace)
+        for answer in answers:
+            table.add_row("[green]ok[/green]" if answer.ok else "[red]no[/red]", answer.what, answer.found)
+        console.print(table)
+        raise typer.Exit(0 if all(answer.ok for answer in answers) else 1)
     from finetune_accel.core.machine import examine
 
-    table = Table("", "what", "found")
     findings = examine()
     for finding in findings:
         table.add_row("[green]ok[/green]" if finding.ok else "[yellow]![/yellow]", finding.what, finding.found)
@@ -126,18 +170,20 @@ RunDir = Annotated[Optional[Path], typer.Option(help="run folder, default runs/N
 
 
 @app.command()
-def run(engagement: str, run_dir: RunDir = None, from_phase: Annotated[Optional[str], typer.Option("--from")] = None,
+def run(engagement: str, run_dir: RunDir = None, with_file: Annotated[Optional[Path], typer.Option("--with", help="file with what is set otherwise here, "
+                                                                                              "written like the engagement; --set goes over it")] = None, from_phase: Annotated[Optional[str], typer.Option("--from")] = None,
         to_phase: Annotated[Optional[str], typer.Option("--to")] = None, overrides: Overrides = None,
         grid: Annotated[Optional[list[str]], typer.Option(help="section.key=a,b: one child run each, compared on dev")] = None,
         force: Annotated[bool, typer.Option(help="run phases again although nothing changed")] = False) -> None:
     """Run an engagement: a file or the name of a shipped one."""
-    loaded = load_engagement(engagement, overrides or [])
+    overrides = [*(overrides_of(with_file) if with_file else []), *(overrides or [])]
+    loaded = load_engagement(engagement, overrides)
     folder = resolve_run_dir(run_dir.absolute() if run_dir else f"runs/{loaded.common.name}")
     if grid and (from_phase or to_phase):
         raise BadInput("--grid", "chooses its own phases (up to train)", "leave out --from and --to")
     with _bars() as progress:
         if grid:
-            rows = run_grid(engagement, overrides or [], grid, folder, force, Screen(progress))
+            rows = run_grid(engagement, overrides, grid, folder, force, Screen(progress))
         else:
             run_engagement(loaded, folder, from_phase, to_phase, force, Screen(progress))
     show_grid(rows, folder) if grid else show_run(folder)
@@ -333,6 +379,7 @@ def _json_object(text: bytes, place: str) -> dict:
 def endpoint(target: str, name: Annotated[Optional[str], typer.Option(help="of the endpoint; default: the model's")] = None,
              workload_type: str = "GPU_SMALL", workload_size: str = "Small",
              table: Annotated[Optional[str], typer.Option(help="catalog.schema.prefix of the inference table")] = None,
+             environment: Annotated[Optional[str], typer.Option(help="one of promote.environments: serve its champion, and nothing before there is one")] = None,
              deploy: Annotated[bool, typer.Option(help="create or update the endpoint and wait until it is ready")] = False,
              dry_run: Annotated[bool, typer.Option(help="ask the workspace and say what would change")] = False) -> None:
     """Print the Databricks endpoint of a run folder or models:/catalog.schema.name/3, or deploy it to the workspace of $DATABRICKS_HOST."""
@@ -340,7 +387,7 @@ def endpoint(target: str, name: Annotated[Optional[str], typer.Option(help="of t
 
     from finetune_accel.core.endpoint import databricks_endpoint
 
-    outcome = databricks_endpoint(target, name, deploying=deploy, dry_run=dry_run, workload_type=workload_type, workload_size=workload_size,
+    outcome = databricks_endpoint(target, name, environment=environment, deploying=deploy, dry_run=dry_run, workload_type=workload_type, workload_size=workload_size,
                                   table=table)
     console.print(yaml.safe_dump(outcome, sort_keys=False), soft_wrap=True, markup=False, highlight=False)
 

@@ -19,11 +19,11 @@ from .errors import BadInput, FinetuneAccelError, PhaseFailed
 
 # %% auto #0
 __all__ = ['TASK', 'WORKLOAD_TYPES', 'WORKLOAD_SIZES', 'ENDPOINT_NAME', 'CATALOG_NAME', 'SECRET', 'BUNDLE_VARIABLE', 'REPLACED',
-           'RETRY_SECONDS', 'Tell', 'NEXT_VERSION', 'entrypoint', 'in_databricks_serverless', 'require_packable',
-           'server_name', 'log_server', 'register_server', 'served_entity', 'gateway', 'endpoint_config', 'flat',
-           'differences', 'workspace_errors', 'connect', 'present_endpoint', 'alias_version', 'Waiting',
-           'wait_for_version', 'apply', 'wait_until_ready', 'deploy', 'registered_server', 'server_of_run',
-           'databricks_endpoint']
+           'RETRY_SECONDS', 'ANSWER_SECONDS', 'Tell', 'NEXT_VERSION', 'entrypoint', 'in_databricks_serverless',
+           'require_packable', 'server_name', 'log_server', 'register_server', 'served_entity', 'gateway',
+           'endpoint_config', 'flat', 'differences', 'workspace_errors', 'connect', 'present_endpoint', 'alias_version',
+           'Waiting', 'wait_for_version', 'apply', 'wait_until_ready', 'deploy', 'registered_server', 'server_of_run',
+           'server_of_champion', 'databricks_endpoint']
 
 # %% ../../nbs/core/endpoint.ipynb #ffb148ea
 TASK = "llm/v1/chat"  # the only one that custom LLM serving takes
@@ -187,12 +187,24 @@ def differences(wanted: dict, present: dict | None) -> dict[str, str]:
 
 # %% ../../nbs/core/endpoint.ipynb #c5488fed
 RETRY_SECONDS = 30
+ANSWER_SECONDS = 60
+
+
+def _what_took_so_long(error: Exception) -> str:
+    """Return in words why the client gave up: it tries again for RETRY_SECONDS, and then tells only that time is up."""
+    from databricks.sdk.errors import DatabricksError, TooManyRequests
+
+    if isinstance(error, TooManyRequests) or isinstance(error.__cause__, TooManyRequests):
+        return f"the workspace has been asked too much at once (429) and went on saying so for {RETRY_SECONDS} s. Wait a few minutes."
+    if isinstance(error.__cause__, DatabricksError):
+        return f"the workspace failed for {RETRY_SECONDS} s ({error.__cause__}). See status.databricks.com, and wait."
+    return f"the workspace did not answer for {RETRY_SECONDS} s. Check DATABRICKS_HOST, and whether a proxy or firewall is in between."
 
 
 @contextmanager
 def workspace_errors(place: str) -> Iterator[None]:
     """Raise what a workspace refuses as BadInput, and what it fails at as PhaseFailed."""
-    from databricks.sdk.errors import BadRequest, DatabricksError, NotFound, PermissionDenied, Unauthenticated
+    from databricks.sdk.errors import BadRequest, DatabricksError, NotFound, PermissionDenied, TooManyRequests, Unauthenticated
 
     try:
         yield
@@ -202,6 +214,8 @@ def workspace_errors(place: str) -> Iterator[None]:
         raise BadInput(place, f"the workspace does not allow it ({error})", "check the token, and what its owner may do there") from None
     except (BadRequest, NotFound) as error:
         raise BadInput(place, f"the workspace refuses it ({error})", "change what it names") from None
+    except (TimeoutError, TooManyRequests) as error:
+        raise PhaseFailed(f"{place}: {_what_took_so_long(error)} The same command goes on from there.") from None
     except (DatabricksError, OSError) as error:
         raise PhaseFailed(f"{place}: the workspace failed ({error}). The same command goes on from there.") from None
 
@@ -213,7 +227,8 @@ def connect(host: Optional[str], token: Optional[str]) -> Any:
 
     given = {key: value for key, value in {"host": host, "token": token}.items() if value}
     try:
-        return WorkspaceClient(config=Config(**given, product="finetune-accel", product_version=__version__, retry_timeout_seconds=RETRY_SECONDS))
+        return WorkspaceClient(config=Config(**given, product="finetune-accel", product_version=__version__, retry_timeout_seconds=RETRY_SECONDS,
+                                             http_timeout_seconds=ANSWER_SECONDS))
     except ValueError as error:
         raise BadInput("workspace", f"is not known ({str(error).splitlines()[0][:300]})", "set DATABRICKS_HOST and DATABRICKS_TOKEN") from None
 
@@ -370,14 +385,55 @@ def server_of_run(run_dir: Path, registering: bool) -> tuple[str, str, int | str
     return settings["name"], server_name(registered), register_server(run.output("train/merged"), registered, trained["mlflow_run_id"], metadata)
 
 
-def databricks_endpoint(target: str, name: Optional[str] = None, *, deploying: bool = False, dry_run: bool = False, host: Optional[str] = None,
+def server_of_champion(run_dir: Path, environment: str, registering: bool) -> tuple[str, str, int | str]:
+    """Return (endpoint's name, model, version) that answers as the champion of an environment; its server is registered once. Raises BadInput.
+
+    A model that MLflow runs itself (what `judge` judged) is served as it is.
+    """
+    from finetune_accel.core import stores
+    from finetune_accel.core.environments import open_office
+    from finetune_accel.core.judging import read_judged
+
+    office = open_office(run_dir).there(environment)
+    place = office.place(environment)
+    version = stores.alias_version(place.uri, place.model, "champion")
+    if version is None:
+        raise BadInput(f"models:/{place.model}@champion", f"stands for nothing in {environment}, so there is nothing to serve yet",
+                       f"finetune-accel promote {run_dir} --environment {environment} --why ...")
+    if read_judged(office.folder):
+        return office.settings.name, place.model, int(version)
+    server = server_name(place.model)
+    known = stores.alias_version(place.uri, server, f"of-{version}")
+    if known is None and registering:
+        known = _register_champion(place, version, server)
+    return office.settings.name, server, int(known) if known else NEXT_VERSION
+
+
+def _register_champion(place: Any, version: str, server: str) -> int:
+    from finetune_accel.core import stores
+    from finetune_accel.core.evidence import read_facts
+    from finetune_accel.core.registry import joined
+
+    with stores.opened(place.uri) as client, tempfile.TemporaryDirectory() as scratch:
+        artefact = stores.fetch(place.uri, place.model, version, Path(scratch) / "artefact")
+        run = client.create_run(client.get_experiment_by_name(stores.EXPERIMENT).experiment_id, run_name=f"server of {place.model} {version}")
+        base = read_facts(artefact)["base_model"]
+        number = register_server(joined(artefact), place.model, run.info.run_id, {"of": f"{place.model}/{version}", **base})
+    stores.set_alias(place.uri, server, f"of-{version}", str(number))
+    return number
+
+
+def databricks_endpoint(target: str, name: Optional[str] = None, *, environment: Optional[str] = None, deploying: bool = False, dry_run: bool = False, host: Optional[str] = None,
                         token: Optional[str] = None, seconds: float = 3600, tell: Tell = print, **options: Any) -> dict:
-    """Return {config} of the endpoint for a run folder or a registered server; `deploying` deploys it and adds what `deploy` returns.
+    """Return {config} of the endpoint for a run folder (or the champion of its `environment`) or a registered server; `deploying` deploys it and adds what `deploy` returns.
 
     `options` are those of `endpoint_config`. Raises BadInput, PhaseFailed.
     """
     if target.startswith("models:"):
         usual, model, version = registered_server(target, lambda: connect(host, token))
+    elif environment:
+        endpoint_config(name or "checked", "a.b.c", 1, **options)
+        usual, model, version = server_of_champion(Path(target), environment, deploying and not dry_run)
     else:
         endpoint_config(name or "checked", "a.b.c", 1, **options)  # what is wrong is said before minutes of registering
         usual, model, version = server_of_run(Path(target), deploying and not dry_run)

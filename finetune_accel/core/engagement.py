@@ -24,7 +24,7 @@ from .sources import local_path, scheme
 
 # %% auto #0
 __all__ = ['LARGEST_FILE', 'Phase', 'phases', 'read_yaml', 'CommonSettings', 'anchored', 'Engagement', 'shipped_engagements',
-           'find_engagement', 'parse_value', 'apply_override', 'load_engagement', 'write_parameters']
+           'find_engagement', 'parse_value', 'overrides_of', 'apply_override', 'load_engagement', 'write_parameters']
 
 # %% ../../nbs/core/engagement.ipynb #3ac3a8c3
 @dataclass(frozen=True)
@@ -172,6 +172,15 @@ def find_engagement(name_or_path: str) -> Path:
 def parse_value(text: str, place: str) -> Any:
     """Read a command-line value as YAML would: 8, 2e-4, true, null, [a, b], or plain text."""
     return read_yaml(f"value: {text}", place)["value"]
+
+
+def overrides_of(file: Path) -> list[str]:
+    """Return `section.key=value` for each key of a YAML file that is written like an engagement: what an environment sets otherwise. Raises BadInput."""
+    if not file.is_file():
+        raise BadInput(str(file), "is no file", "give a YAML file with sections and keys, like an engagement")
+    content = read_yaml(file.read_text(), file.name)
+    return [f"{section}.{key}={json.dumps(value)}" for section, keys in content.items() if isinstance(keys, dict) for key, value in keys.items()] + \
+        [f"{key}={json.dumps(value)}" for key, value in content.items() if not isinstance(value, dict)]
 
 
 def apply_override(content: dict, override: str) -> None:

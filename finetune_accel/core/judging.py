@@ -5,6 +5,7 @@
 # %% ../../nbs/core/judging.ipynb #b97e2e56
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,14 +14,14 @@ from pydantic import Field
 
 from .criteria import Criterion
 from .decision_log import DecisionLog
-from .engagement import anchored, phases, read_yaml
+from .engagement import anchored, apply_override, phases, read_yaml
 from .errors import BadInput
-from .existing_models import MOST_FREQUENT, evaluate_existing, registered_pyfunc
+from .existing_models import MOST_FREQUENT, check_own_criteria, evaluate_existing, read_test_rows, registered_pyfunc
 from .runs import read_json, write_json
 from .settings import SafePath, StrictModel, validate
 
 # %% auto #0
-__all__ = ['JUDGED', 'JudgedData', 'Judging', 'read_judging', 'judge_file', 'read_judged']
+__all__ = ['JUDGED', 'JudgedData', 'Judging', 'read_judging', 'check_judging', 'newest', 'judge_file', 'read_judged']
 
 # %% ../../nbs/core/judging.ipynb #ef4a0e4f
 JUDGED = "judged.json"
@@ -38,7 +39,7 @@ class Judging(StrictModel):
     """The file that `judge` reads."""
 
     name: str = Field(pattern=r"^[a-z0-9](?:[a-z0-9-]{0,62}[a-z0-9])?$")
-    model: str = Field(description="models:/catalog.schema.name/version or @alias")
+    model: str = Field(description="models:/catalog.schema.name/version, /latest or @alias")
     rows: SafePath = Field(description="Parquet, JSON lines or CSV file of test rows")
     against: str = Field(MOST_FREQUENT, description="`most frequent` or another models:/ uri")
     licence: str = Field("not stated", min_length=1, description="the model's own")
@@ -48,11 +49,13 @@ class Judging(StrictModel):
     promote: dict[str, Any] = {}
 
 
-def read_judging(path: Path) -> Judging:
-    """Read and check the file; its paths are anchored at its folder. Raises BadInput."""
+def read_judging(path: Path, overrides: list[str] = ()) -> Judging:
+    """Read and check the file, with `key=value` overrides; its paths are anchored at its folder. Raises BadInput."""
     if not path.is_file():
         raise BadInput(str(path), "is no file", "write one as the notebook core/judging shows")
     content = read_yaml(path.read_text(), path.name)
+    for override in overrides:
+        apply_override(content, override)
     found = validate(Judging, {key: anchored(value, path.parent) if key == "rows" else value for key, value in content.items()}, path.name)
     settings = next(phase for phase in phases() if phase.name == "promote").settings
     given = {key: anchored(value, path.parent) if key == "policy" else value for key, value in found.promote.items()}
@@ -60,10 +63,27 @@ def read_judging(path: Path) -> Judging:
     return found.model_copy(update={"promote": given})
 
 
-def judge_file(path: Path, out: Path, trusted: bool = False) -> dict:
+def check_judging(path: Path) -> int:
+    """Return how many test rows there are, after checking the file and each row. Raises BadInput."""
+    found = read_judging(path)
+    check_own_criteria(found.criteria)
+    return len(read_test_rows(Path(found.rows))[0])
+
+
+def newest(uri: str) -> str:
+    """Return `models:/name/latest` with the number of the newest version, any other uri as it is. Raises BadInput."""
+    if not (found := re.fullmatch(r"models:/([^/@]+)/latest", uri)):
+        return uri
+    versions = [int(one.version) for one in mlflow.MlflowClient().search_model_versions(f"name='{found[1]}'")]
+    if not versions:
+        raise BadInput(uri, f"has no version in {mlflow.get_registry_uri()}", "train and register it first, or set MLFLOW_TRACKING_URI")
+    return f"models:/{found[1]}/{max(versions)}"
+
+
+def judge_file(path: Path, out: Path, trusted: bool = False, overrides: list[str] = ()) -> dict:
     """Judge what the file names and leave evidence in `out`, for `promote` to register; return evaluation.json. Raises BadInput."""
-    found, out = read_judging(path), out.absolute()
-    target = registered_pyfunc(found.model)
+    found, out = read_judging(path, overrides), out.absolute()
+    target = registered_pyfunc(newest(found.model))
     log = DecisionLog(out.parent / "decisions" / found.name)
     evaluation = evaluate_existing(f"models:/{target.name}/{target.version}", found.rows, found.criteria, found.against, found.seed, out,
                                    data_sources=[one.model_dump() for one in found.data_sources], licence=found.licence, log=log,

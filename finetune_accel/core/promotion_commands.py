@@ -95,12 +95,13 @@ def decisions(folder: Folder, environment: In = None) -> None:
 
 @commands.command()
 def judge(file: Path, out: Annotated[Path, typer.Option(help="folder for the evidence, such as runs/tickets")],
+          overrides: Annotated[list[str], typer.Option("--set", help="key=value over the file, may be repeated")] = [],
           unpickle: Annotated[bool, typer.Option("--unpickle", help="let the model run its own code on loading (a pickle does): say it only if you trust "
                                                                     "who logged it")] = False) -> None:
     """Judge a registered model that we did not train, by the criteria in FILE; `promote OUT` registers it with the evidence."""
     from finetune_accel.core.judging import judge_file
 
-    _say(f"{judge_file(file, out, unpickle)['in_words']}\nto promote it: finetune-accel promote {out} --why ...")
+    _say(f"{judge_file(file, out, unpickle, overrides)['in_words']}\nto promote it: finetune-accel promote {out} --why ...")
 
 
 @commands.command()

