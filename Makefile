@@ -75,6 +75,7 @@ million: .venv/.installed-dev
 
 loop: .venv/.installed-dev
 	$(BIN)/python benchmarks/loop.py
+
 combinations: .venv/.installed-dev
 	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python benchmarks/scaffold.py
 
