@@ -241,7 +241,12 @@ def run_engagement(engagement: Engagement, run_dir: Path, first: str | None = No
     with held(folder):
         (folder.path / "engagement.yaml").write_text(f"# {engagement.path.name}, SHA-256 with overrides: {engagement.digest}\n"
                                                      + engagement.as_yaml())
-        return [run_phase(phase, engagement, folder, force, listener) for phase in wanted]
+        outcomes = [run_phase(phase, engagement, folder, force, listener) for phase in wanted]
+        if any((folder.path / "spool").glob("*.jsonl")):
+            from finetune_accel.core.tracking import replay_spools  # MLflow: only where there is something to send
+
+            replay_spools(folder.path)
+        return outcomes
 
 # %% ../../nbs/core/pipeline.ipynb #5b9f1c06
 def grid_points(options: list[str]) -> list[list[str]]:
