@@ -7,12 +7,13 @@
 # make generation   speed of the engines that answer, and whether they answer the same (RUN: a finished run of home-intents)
 # make serving  our server beside its own engines, transformers serve and mlflow models serve
 # make scoring  rows a second beside a loop over transformers' pipeline (RUN); make kills: jobs and streams killed ten times in each of four ways
+# make faults   kills, full disks, lost servers and broken files against real trainings and runs; results in benchmarks/faults.md (as root: it mounts small disks)
 # make gpu    on one NVIDIA GPU: speed beside TRL (and Unsloth: UNSLOTH=FOLDER), memory, exactness, FP8 and four bits on real weights
 # make sync   after editing a notebook: export the package, the parameters cells and README.md
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test slow lock locked lab sync benchmark generation scale scoring kills serving gpu clean
+.PHONY: demo test slow lock locked lab sync benchmark generation scale scoring kills faults serving gpu clean
 
 demo: .venv/.installed
 	$(BIN)/finetune-accel run home-intents
@@ -60,6 +61,9 @@ scoring: .venv/.installed-dev
 
 kills: .venv/.installed-dev
 	$(BIN)/python -m pytest -q -s -m slow tests/test_score.py | tee benchmarks/scoring_kills.txt
+
+faults: .venv/.installed-dev
+	$(BIN)/python benchmarks/faults.py
 
 serving: .venv/.installed-dev
 	$(BIN)/python benchmarks/serving.py
