@@ -20,15 +20,17 @@ from rich.table import Table
 
 from .engagement import load_engagement, phases, shipped_engagements
 from .errors import BadInput, FinetuneAccelError, GateNotMet
+from .jobs import publishing
 from .pipeline import run_engagement, run_grid
-from .promotion_commands import commands
+from . import databricks_commands, promotion_commands
 from .runs import RunFolder, resolve_run_dir
 from .secrets import redact
 from .settings import own_fields
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help="From a company's own data to a fine-tuned model that it can prove is better, serve and operate alone.")
-app.add_typer(commands)
+app.add_typer(promotion_commands.commands)
+app.add_typer(databricks_commands.commands)
 console = Console(force_jupyter=False)  # a command line writes text, also where a notebook tries it
 
 # %% auto #0
@@ -126,17 +128,19 @@ RunDir = Annotated[Optional[Path], typer.Option(help="run folder, default runs/N
 def run(engagement: str, run_dir: RunDir = None, from_phase: Annotated[Optional[str], typer.Option("--from")] = None,
         to_phase: Annotated[Optional[str], typer.Option("--to")] = None, overrides: Overrides = None,
         grid: Annotated[Optional[list[str]], typer.Option(help="section.key=a,b: one child run each, compared on dev")] = None,
-        force: Annotated[bool, typer.Option(help="run phases again although nothing changed")] = False) -> None:
+        force: Annotated[bool, typer.Option(help="run phases again although nothing changed")] = False,
+        publish_to: Annotated[Optional[Path], typer.Option(help="Volume folder that gets the run folder after each phase; another machine goes on from it")] = None) -> None:
     """Run an engagement: a file or the name of a shipped one."""
     loaded = load_engagement(engagement, overrides or [])
     folder = resolve_run_dir(run_dir.absolute() if run_dir else f"runs/{loaded.common.name}")
     if grid and (from_phase or to_phase):
         raise BadInput("--grid", "chooses its own phases (up to train)", "leave out --from and --to")
     with _bars() as progress:
+        listener = publishing(Screen(progress), folder, publish_to) if publish_to else Screen(progress)
         if grid:
-            rows = run_grid(engagement, overrides or [], grid, folder, force, Screen(progress))
+            rows = run_grid(engagement, overrides or [], grid, folder, force, listener)
         else:
-            run_engagement(loaded, folder, from_phase, to_phase, force, Screen(progress))
+            run_engagement(loaded, folder, from_phase, to_phase, force, listener)
     show_grid(rows, folder) if grid else show_run(folder)
 
 # %% ../../nbs/core/cli.ipynb #b65b9364
