@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 
 import torch
@@ -50,7 +51,9 @@ class BestWeights:
         if self.sign * self.latest > self.sign * self.value:
             self.step, self.value, self.waiting = step, self.latest, 0
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            save_file({name: p.detach().cpu().contiguous() for name, p in trained_weights(model).items()}, self.path)
+            staged = self.path.with_name(f".{self.path.name}")  # a checkpoint may hold the file of the last best weights by a second name
+            save_file({name: p.detach().cpu().contiguous() for name, p in trained_weights(model).items()}, staged)
+            os.replace(staged, self.path)
         else:
             self.waiting += 1
 
@@ -61,6 +64,14 @@ class BestWeights:
             saved = load_file(self.path)
             for name, parameter in trained_weights(model).items():
                 parameter.copy_(saved[name])
+
+    def state_dict(self) -> dict:
+        """Return what a checkpoint keeps beside the file."""
+        return {"step": self.step, "value": self.value, "latest": self.latest, "waiting": self.waiting}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Take back what `state_dict` returned."""
+        self.step, self.value, self.latest, self.waiting = (state[name] for name in ("step", "value", "latest", "waiting"))
 
     def as_dict(self) -> dict:
         """Return {by, step, value, last}: which weights were kept (step 0: the last), and the last measurement beside them."""
