@@ -31,9 +31,8 @@ from .models import KNOWN_MODELS
 from .pipeline import run_engagement
 from .readers import open_source
 from .runs import RunFolder, read_json, resolve_run_dir, write_json
-from .settings import validate
 from .sources import local_path, scheme
-from .tuning_request import Sources, TuningRequest, engagement_of, known_sources
+from .tuning_request import Sources, TuningRequest, checked_request, engagement_of, known_sources
 
 # %% auto #0
 __all__ = ['ENDED', 'ON_THE_WAY', 'RUNS', 'AI_RUNTIME', 'PHASE_EVENTS', 'Runs', 'DatabricksGenAIError', 'ValidationError',
@@ -214,14 +213,14 @@ def _training_run(folder: Path) -> TrainingRun:
 AI_RUNTIME = "FINETUNE_ACCEL_AI_RUNTIME"
 
 
-def create(model: str, train_data_path: str, register_to: str, *, experiment_path: Optional[str] = "", task_type: Optional[str] = "CHAT_COMPLETION",
+def create(model: str = ..., train_data_path: str = ..., register_to: str = ..., *, experiment_path: Optional[str] = "", task_type: Optional[str] = "CHAT_COMPLETION",
            eval_data_path: Optional[str] = None, eval_prompts: Optional[builtins.list[str]] = None, custom_weights_path: Optional[str] = None,
            training_duration: Optional[str] = None, learning_rate: Optional[float] = None, context_length: Optional[int] = None,
            validate_inputs: Optional[bool] = True, data_prep_cluster_id: Optional[str] = None, **unknown: Any) -> TrainingRun:
     """Start a training run and return it. Raises ValidationError for an argument that is unknown or not accepted."""
-    given = {key: value for key, value in locals().items() if key != "unknown"} | unknown
+    given = {key: value for key, value in locals().items() if key != "unknown" and value is not ...} | unknown
     try:
-        request = validate(TuningRequest, given, "create")
+        request = checked_request(given, "create")
         name = f"{request.model.split('/')[-1].lower().replace('.', '-')[:40]}-{uuid.uuid4().hex[:6]}"
         name = "".join(letter if letter.isalnum() else "-" for letter in name).strip("-")
         return _start(request, name, Sources(known_sources()))

@@ -12,8 +12,7 @@ from typing import Any
 
 from .errors import BadInput
 from .runs import notebook_code
-from .settings import validate
-from .tuning_request import Sources, TuningRequest, engagement_of, hub_commit, known_sources
+from .tuning_request import Sources, checked_request, engagement_of, hub_commit, known_sources
 
 # %% auto #0
 __all__ = ['MODULES', 'POSITIONAL', 'OPEN', 'parse_script', 'names_of_service', 'calls_of_create', 'Unknown', 'constants',
@@ -133,7 +132,7 @@ def engagement_files(script: Path) -> dict[str, str]:
     files, sources = {}, Sources(known_sources(), _commit_or_open)
     for number, call in enumerate(calls, 1):
         place = f"{script.name}:{call.lineno}"
-        request = validate(TuningRequest, arguments_of(call, known, place), f"{place} create")
+        request = checked_request(arguments_of(call, known, place), f"{place} create")
         name = re.sub(r"[^a-z0-9]+", "-", script.stem.lower()).strip("-")[:50] + (f"-{number}" if len(calls) > 1 else "")
         content = engagement_of(request, name or "migrated", sources)
         text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=140)

@@ -5,12 +5,13 @@
 # %% ../../nbs/core/tuning_request.ipynb #875dc32b
 from __future__ import annotations
 
+import difflib
 import os
 import re
 from pathlib import Path
 from typing import Any, Callable, Literal, NamedTuple, Optional
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from .engagement import read_yaml
 from .errors import BadInput
@@ -18,8 +19,9 @@ from .settings import StrictModel, validate
 from .sources import scheme
 
 # %% auto #0
-__all__ = ['APPROACHES', 'VOLUME_FILE', 'TABLE', 'SOURCES_FILE', 'SERVICE_RATE', 'Duration', 'parse_duration', 'with_dbfs',
-           'TuningRequest', 'known_sources', 'hub_commit', 'Sources', 'engagement_name', 'engagement_of']
+__all__ = ['APPROACHES', 'VOLUME_PATH', 'TABLE', 'SOURCES_FILE', 'SERVICE_RATE', 'Duration', 'parse_duration', 'with_dbfs',
+           'TuningRequest', 'require_data', 'checked_request', 'known_sources', 'hub_commit', 'Sources',
+           'engagement_name', 'engagement_of']
 
 # %% ../../nbs/core/tuning_request.ipynb #b1dce0cd
 class Duration(NamedTuple):
@@ -38,7 +40,7 @@ def parse_duration(text: str) -> Duration:
 
 # %% ../../nbs/core/tuning_request.ipynb #7c78c591
 APPROACHES = {"CHAT_COMPLETION": "chat", "INSTRUCTION_FINETUNE": "supervised", "CONTINUED_PRETRAIN": "continued_pretraining"}
-VOLUME_FILE = re.compile(r"dbfs:/Volumes(/[^/]+){3}/.+")
+VOLUME_PATH = re.compile(r"dbfs:/Volumes(/[^/]+){3}(/.*)?")
 TABLE = re.compile(r"[\w-]+\.[\w-]+\.[\w-]+")
 
 
@@ -50,11 +52,11 @@ def with_dbfs(path: Any) -> Any:
 class TuningRequest(StrictModel):
     """The arguments of the service's `create`."""
 
+    task_type: Literal["CHAT_COMPLETION", "INSTRUCTION_FINETUNE", "CONTINUED_PRETRAIN"] = "CHAT_COMPLETION"  # first: data depend on it
     model: str = Field(min_length=1)
     train_data_path: str = Field(min_length=1)
     register_to: str = Field(pattern=r"^[A-Za-z0-9_]+\.[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)?$")
     experiment_path: Optional[str] = ""
-    task_type: Literal["CHAT_COMPLETION", "INSTRUCTION_FINETUNE", "CONTINUED_PRETRAIN"] = "CHAT_COMPLETION"
     eval_data_path: Optional[str] = None
     eval_prompts: Optional[list[str]] = Field(None, min_length=1)
     custom_weights_path: Optional[str] = None
@@ -80,12 +82,12 @@ class TuningRequest(StrictModel):
             parse_duration(value)
         return value
 
-    @model_validator(mode="after")
-    def _data_of_the_task(self) -> TuningRequest:
-        for key in ("train_data_path", "eval_data_path"):
-            if path := getattr(self, key):
-                _require_data(key, path, self.task_type)
-        return self
+    @field_validator("train_data_path", "eval_data_path")
+    @classmethod
+    def _data_of_the_task(cls, path: str | None, info: ValidationInfo) -> str | None:
+        if path is not None and "task_type" in info.data:
+            require_data(path, info.data["task_type"])
+        return path
 
     @property
     def duration(self) -> Duration:
@@ -93,17 +95,26 @@ class TuningRequest(StrictModel):
         return parse_duration(self.training_duration or "1ep")
 
 
-def _require_data(key: str, path: str, task: str) -> None:
+def require_data(path: str, task: str) -> None:
     """Raise ValueError unless `path` is data as the service took it for `task`: a file or folder in a Volume, a data set, a table."""
     if path.startswith("dbfs:"):
-        if not VOLUME_FILE.fullmatch(path) or ".." in Path(path).parts:
-            raise ValueError(f"{key} must read dbfs:/Volumes/CATALOG/SCHEMA/VOLUME/...")
+        if not VOLUME_PATH.fullmatch(path) or ".." in Path(path).parts:
+            raise ValueError("must read dbfs:/Volumes/CATALOG/SCHEMA/VOLUME/...")
         if task != "CONTINUED_PRETRAIN" and not path.endswith(".jsonl"):
-            raise ValueError(f"{key} must be a .jsonl file for {task}")
+            raise ValueError(f"must be a .jsonl file for {task}")
     elif task == "CONTINUED_PRETRAIN":
-        raise ValueError(f"{key} must be a folder of .txt files in a Volume, dbfs:/Volumes/CATALOG/SCHEMA/VOLUME/..., for {task}")
+        raise ValueError(f"must be a folder of .txt files in a Volume, dbfs:/Volumes/CATALOG/SCHEMA/VOLUME/..., for {task}")
     elif "/" not in path and not TABLE.fullmatch(path):
-        raise ValueError(f"{key} must be a .jsonl file in a Volume, a data set ORG/NAME/SPLIT or a table CATALOG.SCHEMA.TABLE")
+        raise ValueError("must be a .jsonl file in a Volume, a data set ORG/NAME/SPLIT or a table CATALOG.SCHEMA.TABLE")
+
+
+def checked_request(given: dict, place: str) -> TuningRequest:
+    """Return the request that {argument: value} make. Raises BadInput naming the first wrong one, a name that is none before all."""
+    known = list(TuningRequest.model_fields)
+    if wrong := next((key for key in given if key not in known), None):
+        near = difflib.get_close_matches(wrong, known, n=1)
+        raise BadInput(f"{place}.{wrong}", "is not a known key", f"did you mean `{near[0]}`?" if near else f"use one of: {', '.join(known)}")
+    return validate(TuningRequest, given, place)
 
 # %% ../../nbs/core/tuning_request.ipynb #172517cb
 SOURCES_FILE = "FINETUNE_ACCEL_SOURCES"
