@@ -10,7 +10,7 @@ from typing import Literal, Optional
 from pydantic import Field
 
 from .core.errors import BadInput
-from .core.settings import PhaseSettings, Source, stated
+from .core.settings import PhaseSettings, Source, stated, unkeyed
 from .core.sources import source_digest, tree_digest
 
 # %% auto #0
@@ -43,6 +43,7 @@ class TrainSettings(PhaseSettings):
     eval_prompts: Optional[list[str]] = Field(None, min_length=1, description="prompts of your own that are answered each time, for people to read")
     best_by: Optional[str] = Field(None, description="criterion whose best dev score decides which weights are kept, null for the plan's last")
     patience: Optional[int] = Field(None, ge=1, description="stop after this many measurements without a better one, null for never")
+    checkpoint_minutes: float = unkeyed(5.0, "minutes of work that may be lost when training is killed; saving takes at most 2 % of the time", gt=0, le=1440)
     deterministic: bool = Field(False, description="bit-identical reruns on the same machine, slower")
     canaries: int = Field(0, ge=0, le=64, description="made-up secrets planted in the training rows, to see whether they are learnt by heart; 0 or 6 and more")
     register_to: str = Field("main.default", pattern=r"^[A-Za-z0-9_]+\.[A-Za-z0-9_]+$", description="catalog.schema for the model")
