@@ -20,9 +20,9 @@ from rich.table import Table
 
 from .engagement import load_engagement, phases, shipped_engagements
 from .errors import BadInput, FinetuneAccelError, GateNotMet
-from .jobs import publishing
-from .pipeline import run_engagement, run_grid
 from . import databricks_commands, promotion_commands
+from .jobs import publishing
+from .pipeline import run_again, run_engagement, run_grid
 from .runs import RunFolder, resolve_run_dir
 from .secrets import redact
 from .settings import own_fields
@@ -35,7 +35,7 @@ console = Console(force_jupyter=False)  # a command line writes text, also where
 
 # %% auto #0
 __all__ = ['app', 'console', 'Overrides', 'RunDir', 'Unpickle', 'init', 'check', 'validate_file', 'list_phases', 'doctor',
-           'Screen', 'run', 'show_grid', 'show_run', 'report', 'serve', 'score', 'endpoint', 'main']
+           'Screen', 'run', 'show_grid', 'prove', 'show_run', 'report', 'serve', 'score', 'endpoint', 'main']
 
 # %% ../../nbs/core/cli.ipynb #bfc8f08e
 @app.command()
@@ -127,12 +127,17 @@ RunDir = Annotated[Optional[Path], typer.Option(help="run folder, default runs/N
 
 
 @app.command()
-def run(engagement: str, run_dir: RunDir = None, from_phase: Annotated[Optional[str], typer.Option("--from")] = None,
+def run(engagement: Annotated[Optional[str], typer.Argument(help="file, or name of a shipped one")] = None, run_dir: RunDir = None, from_phase: Annotated[Optional[str], typer.Option("--from")] = None,
         to_phase: Annotated[Optional[str], typer.Option("--to")] = None, overrides: Overrides = None,
         grid: Annotated[Optional[list[str]], typer.Option(help="section.key=a,b: one child run each, compared on dev")] = None,
         force: Annotated[bool, typer.Option(help="run phases again although nothing changed")] = False,
-        publish_to: Annotated[Optional[Path], typer.Option(help="Volume folder that gets the run folder after each phase; another machine goes on from it")] = None) -> None:
+        publish_to: Annotated[Optional[Path], typer.Option(help="Volume folder that gets the run folder after each phase; another machine goes on from it")] = None,
+        again: Annotated[Optional[Path], typer.Option(help="run folder: do it once more in a fresh one, and say whether the same came out")] = None) -> None:
     """Run an engagement: a file or the name of a shipped one."""
+    if again:
+        return prove(again.absolute(), (run_dir or again.with_name(f"{again.resolve().name}-again")).absolute())
+    if not engagement:
+        raise BadInput("ENGAGEMENT", "is missing", "give a file or the name of a shipped engagement, or --again RUN_DIR")
     loaded = load_engagement(engagement, overrides or [])
     folder = resolve_run_dir(run_dir.absolute() if run_dir else f"runs/{loaded.common.name}")
     if grid and (from_phase or to_phase):
@@ -154,6 +159,19 @@ def show_grid(rows: list[dict], folder: Path) -> None:
     console.print(table)
     console.print(f"written to {folder / 'grid.json'}. To go on with the best: "
                   + " ".join(f"--set {option}" for option in rows[0]["set"]), soft_wrap=True)
+
+
+def prove(first: Path, again: Path) -> None:
+    """Do a run again and print what both made; raise GateNotMet if it is not the same."""
+    with _bars() as progress:
+        found = run_again(first, again, Screen(progress))
+    table = Table("what", "first", "again", "", title=f"{first.name} and {again.name}, SHA-256")
+    for one in found:
+        table.add_row(one.what, *((digest or "-")[:16] for digest in (one.first, one.again)), "equal" if one.equal else "[red]differs[/red]")
+    console.print(table)
+    if other := [one.what for one in found if not one.equal]:
+        raise GateNotMet(f"not the same: {', '.join(other)}. With train.deterministic a run on the same machine is.")
+    console.print("the same, to the last bit")
 
 
 def show_run(folder: Path) -> None:

@@ -23,6 +23,7 @@ from .engagement import Engagement, Phase, load_engagement, phases
 from .disk import disk_full, is_full
 from .errors import BadInput, GateNotMet, PhaseFailed, Stopped
 from .processes import end_processes, guarded
+from .provenance import Same, compare_runs, overrides_for_again
 from .progress import PROGRESS_FILE, latest_progress
 from .runs import HOLDS_LOCK, RunFolder, phase_key, run_lock, write_json
 from .secrets import find_secret, redact
@@ -31,7 +32,8 @@ from .supervisor import Watch, in_words, note_death, run_watched
 
 # %% auto #0
 __all__ = ['Listener', 'ANSI', 'without_secrets', 'Cleaned', 'execute_notebook', 'execute_until_done', 'execute_phase', 'Outcome',
-           'chosen_phases', 'run_phase', 'held', 'run_engagement', 'grid_points', 'share_results', 'run_grid']
+           'chosen_phases', 'run_phase', 'held', 'run_engagement', 'run_again', 'grid_points', 'share_results',
+           'run_grid']
 
 # %% ../../nbs/core/pipeline.ipynb #77cd0f2a
 Listener = Callable[[str, str, dict], None]  # called with (phase, "kept" | "started" | "progress" | "restarted" | "done" | "failed", facts)
@@ -241,7 +243,26 @@ def run_engagement(engagement: Engagement, run_dir: Path, first: str | None = No
     with held(folder):
         (folder.path / "engagement.yaml").write_text(f"# {engagement.path.name}, SHA-256 with overrides: {engagement.digest}\n"
                                                      + engagement.as_yaml())
-        return [run_phase(phase, engagement, folder, force, listener) for phase in wanted]
+        outcomes = [run_phase(phase, engagement, folder, force, listener) for phase in wanted]
+        if any((folder.path / "spool").glob("*.jsonl")):
+            from finetune_accel.core.tracking import replay_spools  # MLflow: only where there is something to send
+
+            replay_spools(folder.path)
+        return outcomes
+
+# %% ../../nbs/core/pipeline.ipynb #c62e8bf4
+def run_again(first: Path, target: Path, listener: Listener = lambda *_: None) -> list[Same]:
+    """Do the run in `first` again in the folder `target`, which must be fresh; return what both made, side by side. Raises BadInput."""
+    source = RunFolder(first)
+    if not (source.path / "engagement.yaml").is_file():
+        raise BadInput(str(first), "is no run folder: it has no engagement.yaml", "give the folder of an earlier run")
+    if target.exists() and any(target.iterdir()):
+        raise BadInput(str(target), "is not empty, and a run is proven in a fresh folder", "delete it, or give another --run-dir")
+    engagement = load_engagement(str(source.path / "engagement.yaml"), overrides_for_again(source))
+    done = [phase.name for phase in chosen_phases(engagement, None, None) if phase.name in ("plan", "prepare", "benchmark", "train", "evaluate")
+            and source.result(phase.name)]
+    run_engagement(engagement, target, None, done[-1], listener=listener)
+    return compare_runs(source, RunFolder(target))
 
 # %% ../../nbs/core/pipeline.ipynb #5b9f1c06
 def grid_points(options: list[str]) -> list[list[str]]:

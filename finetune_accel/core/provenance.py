@@ -19,11 +19,11 @@ from pathlib import Path
 import psutil
 
 from .runs import PhaseRun, RunFolder, locked_versions, notebook_code, outcome_settings, package_folder
-from .sources import file_digest, tree_digest
+from .sources import file_digest
 
 # %% auto #0
 __all__ = ['COMPARED', 'digest_of', 'rows_digest', 'tokens_digest', 'git_state', 'lock_digest', 'hardware', 'run_manifest',
-           'Same', 'compare_runs', 'overrides_for_again', 'where_they_differ']
+           'Same', 'compare_runs', 'overrides_for_again']
 
 # %% ../../nbs/core/provenance.ipynb #f70265c9
 def digest_of(content: object) -> str:
@@ -136,20 +136,10 @@ def compare_runs(first: RunFolder, again: RunFolder) -> list[Same]:
 
 
 def overrides_for_again(first: RunFolder) -> list[str]:
-    """Return the `--set` options that make a second run compute as the first did: deterministic, in its number format and rows."""
-    train = first.result("train")
-    if not train:
+    """Return the `--set` options that make a second run compute as the first did: in its number format, with its rows and checkpointing."""
+    if not (train := first.result("train")):
         return []
-    chosen = {name: train["chosen"][name]["value"] for name in ("dtype", "base_weights")}
+    chosen = {name: choice["value"] for name, choice in train["chosen"].items() if isinstance(choice, dict)}
     weights = chosen["base_weights"] if chosen["base_weights"] in ("fp8", "nf4") else chosen["dtype"]
-    return [f"train.base_weights={weights}", f"train.micro_batch_tokens={train['chosen']['micro_batch_tokens']['value']}",
-            f"train.checkpointing={str(train['chosen']['checkpointing']['value']).lower()}"]
-
-
-def where_they_differ(first: Path, again: Path) -> list[str]:
-    """Return the names of the files that differ between two outputs (files or folders)."""
-    if first.is_file() or again.is_file():
-        return [first.name]
-    names = {path.relative_to(folder).as_posix() for folder in (first, again) for path in folder.rglob("*") if path.is_file()}
-    return sorted(name for name in names if not all((folder / name).is_file() for folder in (first, again))
-                  or tree_digest(first / name) != tree_digest(again / name))
+    return [f"train.base_weights={weights}", f"train.micro_batch_tokens={chosen['micro_batch_tokens']}",
+            f"train.checkpointing={str(chosen['checkpointing']).lower()}"]

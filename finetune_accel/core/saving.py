@@ -72,10 +72,10 @@ def keep_good(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizer
     """Write a model's weights, or its adapter alone, into `folder`; return how a run goes on from them."""
     if isinstance(model, PeftModel):
         save_adapter(model, tokenizer, base_model, folder)
-        return f"The weights before it are kept: --set train.start_from={folder}"
+        return f"What was good before is kept: --set train.start_from={folder}"
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return f"The weights before it are kept: --set train.base_model=path:{folder}"
+    return f"What was good before is kept: --set train.base_model=path:{folder}"
 
 # %% ../../nbs/core/saving.ipynb #46a63930
 def adapter_folder(start_from: str) -> Path:

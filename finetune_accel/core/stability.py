@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from .errors import PhaseFailed
 
 # %% auto #0
-__all__ = ['IN_A_ROW', 'Diverged', 'FiniteSteps', 'spikes', 'LossWatch', 'StopRequest']
+__all__ = ['IN_A_ROW', 'Diverged', 'FiniteSteps', 'spikes', 'Exploded', 'LossWatch', 'StopRequest']
 
 # %% ../../nbs/core/stability.ipynb #8422dd99
 class Diverged(PhaseFailed):
@@ -69,8 +69,12 @@ def spikes(losses: Sequence[float]) -> tuple[int, float]:
     return count, limit
 
 
+class Exploded(Diverged):
+    """A loss that went up and stayed there: the last weights are no good."""
+
+
 class LossWatch(TrainerCallback):
-    """Warns of a spike in the logged loss, and raises Diverged after five in a row."""
+    """Warns of a spike in the logged loss, and raises Exploded after five in a row."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Look at the losses up to this one."""
@@ -80,7 +84,7 @@ class LossWatch(TrainerCallback):
             warnings.warn(f"the loss jumped to {losses[-1]:.2f} at step {state.global_step}, above {limit:.2f}: if it stays there, training "
                           "is stopped", stacklevel=2)
         if count >= IN_A_ROW:
-            raise Diverged(f"the loss is {losses[-1]:.2f} at step {state.global_step} and was above {limit:.2f} {count} times in a row: it was "
+            raise Exploded(f"the loss is {losses[-1]:.2f} at step {state.global_step} and was above {limit:.2f} {count} times in a row: it was "
                            f"{min(losses):.2f} before")
 
 # %% ../../nbs/core/stability.ipynb #77f60001

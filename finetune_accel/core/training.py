@@ -37,7 +37,7 @@ from .optimiser import MasterAdamW
 from .offload import keep_in_host_memory
 from .packing import deal, lay_out_row, row_count, rows_of_step, tokens_read
 from .resume import Checkpoints
-from .stability import Diverged, FiniteSteps, LossWatch, StopRequest
+from .stability import Diverged, Exploded, FiniteSteps, LossWatch, StopRequest
 from .training_state import (load_kept, load_optimiser, load_random_state, load_schedule, load_weights, save_kept, save_learnt,
                                                 save_random_state, save_schedule, state_size)
 
@@ -529,7 +529,10 @@ def train(
             trainer.add_callback(request)
             run_from_checkpoint(trainer, evaluator, callbacks, best)
     except Diverged as error:
-        kept = f" {on_lost(trained)}" if on_lost else ""
+        good = not isinstance(error, Exploded) or (best and best.step)  # else there is nothing that was measured to be good
+        if good and best and isinstance(error, Exploded):
+            best.restore(trained)
+        kept = f" {on_lost(trained)}" if on_lost and good else ""
         raise Diverged(f"{error}. Fix: lower train.learning_rate (it is {plan.peak_learning_rate:g}), or look at the rows of that step.{kept}") from None
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
