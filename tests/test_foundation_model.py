@@ -135,7 +135,7 @@ def test_a_run_waits_for_its_turn_and_can_be_cancelled(here):
 
 def test_for_ai_runtime_nothing_is_sent_and_nothing_starts(here, monkeypatch):
     (here / "air.yaml").write_text("volume: /Volumes/main/home/runs\nwheel: /Volumes/main/home/runs/finetune_accel-0.1.0-py3-none-any.whl\n"
-                                   "accelerator: GPU_8xH100\naccelerators: 8\n")
+                                   "accelerator: GPU_8xH100\n")
     monkeypatch.setenv("FINETUNE_ACCEL_AI_RUNTIME", str(here / "air.yaml"))
     run = fm.create(**ARGUMENTS)
     assert run.status == "PENDING" and "nothing was sent" in run.details and not (Path(run.save_folder) / "service/process.json").exists()

@@ -22,8 +22,8 @@ WHEEL = f"{VOLUME}/finetune_accel-0.1.0-py3-none-any.whl"
 
 def test_databricks_bundles_takes_both_jobs_unchanged():
     engagement = load_engagement("home-intents")
-    for job in (ai_runtime_job(engagement, VOLUME, WHEEL, "GPU_8xH100", 16), gpu_cluster_job(engagement, VOLUME, WHEEL, "g5.12xlarge"),
-                gpu_cluster_job(engagement, "${var.volume}", "${var.wheel}/finetune_accel.whl", "${var.node_type}", 2)):
+    for job in (ai_runtime_job(engagement, VOLUME, WHEEL, "GPU_8xH100"), gpu_cluster_job(engagement, VOLUME, WHEEL, "g5.12xlarge"),
+                gpu_cluster_job(engagement, "${var.volume}", "${var.wheel}/finetune_accel.whl", "${var.node_type}")):
         assert Job.from_dict(job).as_dict() == job
         wrong = copy.deepcopy(job)
         wrong["tasks"][0]["accelerator"] = 1
@@ -34,7 +34,7 @@ def test_databricks_bundles_takes_both_jobs_unchanged():
 
 @pytest.mark.parametrize("change, named", [
     (dict(volume="runs/mine"), "volume"), (dict(wheel=f"{VOLUME}/x.zip"), "wheel"), (dict(wheel="finetune_accel.whl"), "wheel"),
-    (dict(accelerator="GPU_1xT4"), "accelerator"), (dict(accelerator="GPU_8xH100", accelerators=1), "accelerators"), (dict(accelerators=0), "accelerators")])
+    (dict(accelerator="GPU_1xT4"), "accelerator")])
 def test_what_databricks_would_refuse_is_refused(change, named):
     with pytest.raises(BadInput, match=f"^{named}.* Fix: "):
         ai_runtime_workload(load_engagement("home-intents"), **{"volume": VOLUME, "wheel": WHEEL, **change})
@@ -85,8 +85,8 @@ def test_the_classes_of_databricks_air_take_the_workload(tmp_path):
         (tmp_path / name).write_text(content)
         return subprocess.run([python, "-c", AIR, tmp_path / name], capture_output=True, text=True, cwd=tmp_path)
 
-    for accelerator, count in (("GPU_1xA10", 1), ("GPU_1xH100", 1), ("GPU_8xH100", 16)):
-        files = job_files(load_engagement("home-intents"), VOLUME, WHEEL, accelerator=accelerator, accelerators=count, node_type="g5.12xlarge", workers=0)
+    for accelerator, count in ACCELERATORS.items():
+        files = job_files(load_engagement("home-intents"), VOLUME, WHEEL, accelerator=accelerator, node_type="g5.12xlarge")
         done = checked(files["jobs/air.yaml"])
         assert done.stdout.split() == [accelerator, str(count), "5"], done.stderr
     for wrong in ({"accelerators": 1}, {"compute": {"accelerator_type": "GPU_8xH100", "num_accelerators": 9}}):  # they do check

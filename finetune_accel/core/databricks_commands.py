@@ -36,12 +36,12 @@ def write_new(files: dict[Path, str]) -> None:
 def jobs(engagement: str, volume: Annotated[str, typer.Option(help="/Volumes/CATALOG/SCHEMA/VOLUME/... that holds the engagement file and gets the runs")],
          wheel: Annotated[str, typer.Option(help="this package's wheel, in a Volume or the workspace")],
          to: Annotated[Path, typer.Option(help="folder of the bundle")] = Path("."),
-         accelerator: str = "GPU_1xA10", accelerators: int = 1, node_type: str = "g5.12xlarge", workers: int = 0) -> None:
+         accelerator: str = "GPU_1xA10", node_type: str = "g5.12xlarge") -> None:
     """Write jobs/ for Databricks: a workload for `databricks air run`, and bundle jobs for AI Runtime and a GPU cluster."""
     from finetune_accel.core.engagement import load_engagement
     from finetune_accel.core.jobs import job_files
 
-    files = job_files(load_engagement(engagement), volume, wheel, accelerator=accelerator, accelerators=accelerators, node_type=node_type, workers=workers)
+    files = job_files(load_engagement(engagement), volume, wheel, accelerator=accelerator, node_type=node_type)
     write_new({to / name: text for name, text in files.items()})
     console.print(f"next: databricks air run --file {to / 'jobs/air.yaml'} --dry-run, or include jobs/*.yml in databricks.yml", soft_wrap=True, highlight=False)
 

@@ -272,10 +272,10 @@ def _ai_runtime_settings() -> dict | None:
         return None
     path = Path(named).expanduser()
     content = read_yaml(path.read_text(), path.name) if path.is_file() else {}
-    allowed = ("volume", "wheel", "accelerator", "accelerators")
+    allowed = ("volume", "wheel", "accelerator")
     if wrong := [key for key in content if key not in allowed] or [key for key in allowed[:2] if key not in content]:
         raise BadInput(f"{AI_RUNTIME}={named}: {wrong[0]}", "is not right in the file that says where on Databricks runs would be",
-                       f"write volume and wheel and, if you like, accelerator and accelerators; keys are {', '.join(allowed)}")
+                       f"write volume and wheel and, if you like, accelerator; keys are {', '.join(allowed)}")
     return content
 
 

@@ -20,7 +20,7 @@ from .errors import BadInput
 
 # %% auto #0
 __all__ = ['ACCELERATORS', 'LOCAL_RUNS', 'VARIABLE', 'ENVIRONMENT_VERSION', 'RUNTIME', 'OWN', 'require_place',
-           'require_accelerators', 'run_arguments', 'command_script', 'ai_runtime_workload', 'script_name',
+           'require_accelerator', 'run_arguments', 'command_script', 'ai_runtime_workload', 'script_name',
            'ai_runtime_job', 'job_scripts', 'gpu_libraries', 'gpu_cluster_job', 'copy_missing', 'publishing',
            'job_files']
 
@@ -39,12 +39,10 @@ def require_place(place: str, path: str, ending: str = "") -> None:
         raise BadInput(f"{place} {path}", f"does not end in {ending}", "give the wheel of this package: pip wheel --no-deps .")
 
 
-def require_accelerators(kind: str, count: int) -> None:
-    """Raise BadInput for an accelerator that AI Runtime does not have, or a number that does not fill machines."""
+def require_accelerator(kind: str) -> None:
+    """Raise BadInput for an accelerator that AI Runtime does not have."""
     if kind not in ACCELERATORS:
         raise BadInput(f"accelerator {kind}", "is not known to AI Runtime", f"use one of: {', '.join(ACCELERATORS)}")
-    if count < 1 or count % ACCELERATORS[kind]:
-        raise BadInput(f"accelerators {count}", f"must be a multiple of the {ACCELERATORS[kind]} that one machine has", f"use {ACCELERATORS[kind]}")
 
 # %% ../../nbs/core/jobs.ipynb #002162ae
 def run_arguments(engagement: Engagement, volume: str, phase: str | None = None) -> list[str]:
@@ -63,13 +61,13 @@ def command_script(engagement: Engagement, volume: str, phase: str | None = None
 ENVIRONMENT_VERSION = "5"  # of AI Runtime's base environment; Python 3.12
 
 
-def ai_runtime_workload(engagement: Engagement, volume: str, wheel: str, accelerator: str = "GPU_1xA10", accelerators: int = 1) -> dict:
+def ai_runtime_workload(engagement: Engagement, volume: str, wheel: str, accelerator: str = "GPU_1xA10") -> dict:
     """Return the content of the YAML file for `databricks air run --file`. Raises BadInput."""
-    require_accelerators(accelerator, accelerators)
+    require_accelerator(accelerator)
     require_place("volume", volume)
     require_place("wheel", wheel, ".whl")
     return {"experiment_name": engagement.common.name,
-            "compute": {"accelerator_type": accelerator, "num_accelerators": accelerators},
+            "compute": {"accelerator_type": accelerator, "num_accelerators": ACCELERATORS[accelerator]},
             "environment": {"version": ENVIRONMENT_VERSION, "dependencies": [f"{wheel}[gpu]"]},
             "command": command_script(engagement, volume),
             "max_retries": 2}  # a retry goes on from what was published
@@ -86,12 +84,12 @@ def script_name(phase: str) -> str:
     return f"jobs/{phase}.sh"
 
 
-def ai_runtime_job(engagement: Engagement, volume: str, wheel: str, accelerator: str = "GPU_1xA10", accelerators: int = 1) -> dict:
+def ai_runtime_job(engagement: Engagement, volume: str, wheel: str, accelerator: str = "GPU_1xA10") -> dict:
     """Return a job of a bundle that runs each phase as an `ai_runtime_task`; scripts as `job_scripts` gives them. Raises BadInput."""
-    workload = ai_runtime_workload(engagement, volume, wheel, accelerator, accelerators)
+    workload = ai_runtime_workload(engagement, volume, wheel, accelerator)
 
     def task(phase: str) -> dict:
-        compute = {"accelerator_type": accelerator, "accelerator_count": accelerators}
+        compute = {"accelerator_type": accelerator, "accelerator_count": ACCELERATORS[accelerator]}
         return {"environment_key": "finetune-accel", "max_retries": workload["max_retries"], "ai_runtime_task": {
             "experiment": workload["experiment_name"], "mlflow_run": phase,
             "deployments": [{"command_path": "${workspace.file_path}/" + script_name(phase), "compute": compute}]}}
@@ -117,8 +115,8 @@ def gpu_libraries() -> list[dict]:
 RUNTIME = "17.3.x-gpu-ml-scala2.13"  # a long-term-support release of the machine-learning runtime
 
 
-def gpu_cluster_job(engagement: Engagement, volume: str, wheel: str, node_type: str, workers: int = 0, runtime: str = RUNTIME) -> dict:
-    """Return a job of a bundle that runs each phase on one cluster of `node_type` machines (one, or `workers` besides the driver).
+def gpu_cluster_job(engagement: Engagement, volume: str, wheel: str, node_type: str, runtime: str = RUNTIME) -> dict:
+    """Return a job of a bundle that runs each phase on one machine of type `node_type`.
 
     Raises BadInput.
     """
@@ -126,11 +124,8 @@ def gpu_cluster_job(engagement: Engagement, volume: str, wheel: str, node_type: 
     require_place("wheel", wheel, ".whl")
     if "gpu" not in runtime and not VARIABLE.match(runtime):
         raise BadInput(f"runtime {runtime}", "has no GPU drivers", f"use one with gpu in its name, such as {RUNTIME}")
-    if workers < 0:
-        raise BadInput(f"workers {workers}", "must be 0 (one machine) or more", "use 0")
-    cluster = {"spark_version": runtime, "node_type_id": node_type, "num_workers": workers, "data_security_mode": "SINGLE_USER"}
-    if workers == 0:
-        cluster |= {"is_single_node": True, "kind": "CLASSIC_PREVIEW"}
+    cluster = {"spark_version": runtime, "node_type_id": node_type, "num_workers": 0, "data_security_mode": "SINGLE_USER", "is_single_node": True,
+               "kind": "CLASSIC_PREVIEW"}
 
     def task(phase: str) -> dict:
         return {"job_cluster_key": "gpu", "libraries": [{"whl": wheel}, *gpu_libraries()], "max_retries": 1,
@@ -174,12 +169,12 @@ def publishing(listener: Callable[[str, str, dict], None], run_dir: Path, volume
     return follow
 
 # %% ../../nbs/core/jobs.ipynb #69a15d39
-def job_files(engagement: Engagement, volume: str, wheel: str, *, accelerator: str, accelerators: int, node_type: str, workers: int) -> dict[str, str]:
+def job_files(engagement: Engagement, volume: str, wheel: str, *, accelerator: str, node_type: str) -> dict[str, str]:
     """Return {file: text} of everything above, ready to stand beside a bundle's databricks.yml that includes jobs/*.yml. Raises BadInput."""
     import yaml
 
     key = engagement.common.name.replace("-", "_")
-    contents = {"jobs/air.yaml": ai_runtime_workload(engagement, volume, wheel, accelerator, accelerators),
-                "jobs/ai_runtime.yml": {"resources": {"jobs": {f"{key}_ai_runtime": ai_runtime_job(engagement, volume, wheel, accelerator, accelerators)}}},
-                "jobs/gpu_cluster.yml": {"resources": {"jobs": {f"{key}_gpus": gpu_cluster_job(engagement, volume, wheel, node_type, workers)}}}}
+    contents = {"jobs/air.yaml": ai_runtime_workload(engagement, volume, wheel, accelerator),
+                "jobs/ai_runtime.yml": {"resources": {"jobs": {f"{key}_ai_runtime": ai_runtime_job(engagement, volume, wheel, accelerator)}}},
+                "jobs/gpu_cluster.yml": {"resources": {"jobs": {f"{key}_gpus": gpu_cluster_job(engagement, volume, wheel, node_type)}}}}
     return {name: yaml.safe_dump(content, sort_keys=False) for name, content in contents.items()} | job_scripts(engagement, volume)
