@@ -529,6 +529,50 @@ def terminated(lab: Lab) -> str:
     return f"exit 143, \"{line.split('Stopped: ')[-1]}\"; the same command went on after step {resumed[0]}, the adapter equals the undisturbed run's bit for bit"
 
 
+def two_processes(lab: Lab) -> Path:
+    """Return the run folder of an undisturbed training by two processes."""
+    if not hasattr(lab, "together"):
+        lab.together = lab.prepared()
+        said(lab.train(lab.together, "", "--set", "train.processes=2"), 0)
+    return lab.together
+
+
+def lost_process(lab: Lab, number: int, step: int = 40) -> str:
+    """Send a signal to the second of two processes at a step; return what the phase's notebook said of it."""
+    undisturbed, run_dir = two_processes(lab), lab.prepared()
+    running = lab.train(run_dir, "slow=0.05", "--set", "train.processes=2")
+
+    def second() -> dict | None:
+        signs = [json.loads(path.read_text()) for path in run_dir.glob("unfinished/train-*/job/rank-1.json")]
+        return next((sign for sign in signs if sign["step"] >= step), None)
+
+    sign = wait_for(lambda: second() or running.poll() is not None)
+    begun = time.monotonic()
+    os.kill(sign["pid"], number)
+    said(running, 0)
+    result = json.loads((run_dir / "train.json").read_text())
+    (lost,) = result["group"]["lost"]
+    assert result["checkpoints"]["resumed_at"] and adapter(run_dir) == adapter(undisturbed) and not (run_dir / "unfinished").exists()
+    notebook = (run_dir / "train" / result["key"] / "notebook.ipynb").read_text()
+    line = notebook[notebook.index("process 1 of 2"):].split("\\n")[0].split('"')[0]
+    return (f"\"{line}\"; done {time.monotonic() - begun:.0f} s later, the adapter equals that of two undisturbed processes bit for bit "
+            f"(resumed at step {result['checkpoints']['resumed_at'][0]}, lost at {lost['step']})")
+
+
+@fault(10, "one of two processes is killed", "kill -9 to the second of two processes (torchrun, gloo) at step 40")
+def process_killed(lab: Lab) -> str:
+    return lost_process(lab, signal.SIGKILL)
+
+
+@fault(11, "a process hangs", "SIGSTOP to the second of two processes at step 40; silence is borne for 10 s here, 60 by default")
+def process_hangs(lab: Lab) -> str:
+    os.environ["FINETUNE_ACCEL_SILENCE_SECONDS"] = "10"
+    try:
+        return lost_process(lab, signal.SIGSTOP)
+    finally:
+        del os.environ["FINETUNE_ACCEL_SILENCE_SECONDS"]
+
+
 @fault(12, "data changed before resuming", "one word in prepare's train.parquet, by hand, after a training was stopped")
 def data_changed(lab: Lab) -> str:
     if not hasattr(lab, "stopped"):

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from .criteria import LOWER_IS_BETTER
 from .errors import BadInput
+from .group import is_first, put, whole
 
 # %% auto #0
 __all__ = ['lower_is_better', 'trained_weights', 'BestWeights', 'chance', 'kept_in_words']
@@ -52,8 +53,10 @@ class BestWeights:
             self.step, self.value, self.waiting = step, self.latest, 0
             self.path.parent.mkdir(parents=True, exist_ok=True)
             staged = self.path.with_name(f".{self.path.name}")  # a checkpoint may hold the file of the last best weights by a second name
-            save_file({name: p.detach().cpu().contiguous() for name, p in trained_weights(model).items()}, staged)
-            os.replace(staged, self.path)
+            weights = {name: whole(p).detach().cpu().contiguous() for name, p in trained_weights(model).items()}
+            if is_first():
+                save_file(weights, staged)
+                os.replace(staged, self.path)
         else:
             self.waiting += 1
 
@@ -63,7 +66,7 @@ class BestWeights:
         if self.step:
             saved = load_file(self.path)
             for name, parameter in trained_weights(model).items():
-                parameter.copy_(saved[name])
+                put(parameter, saved[name])
 
     def state_dict(self) -> dict:
         """Return what a checkpoint keeps beside the file."""

@@ -20,15 +20,17 @@ from rich.table import Table
 
 from .engagement import load_engagement, phases, shipped_engagements
 from .errors import BadInput, FinetuneAccelError, GateNotMet
+from . import databricks_commands, promotion_commands
+from .jobs import publishing
 from .pipeline import run_again, run_engagement, run_grid
-from .promotion_commands import commands
 from .runs import RunFolder, resolve_run_dir
 from .secrets import redact
 from .settings import own_fields
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help="From a company's own data to a fine-tuned model that it can prove is better, serve and operate alone.")
-app.add_typer(commands)
+app.add_typer(promotion_commands.commands)
+app.add_typer(databricks_commands.commands)
 console = Console(force_jupyter=False)  # a command line writes text, also where a notebook tries it
 
 # %% auto #0
@@ -129,6 +131,7 @@ def run(engagement: Annotated[Optional[str], typer.Argument(help="file, or name 
         to_phase: Annotated[Optional[str], typer.Option("--to")] = None, overrides: Overrides = None,
         grid: Annotated[Optional[list[str]], typer.Option(help="section.key=a,b: one child run each, compared on dev")] = None,
         force: Annotated[bool, typer.Option(help="run phases again although nothing changed")] = False,
+        publish_to: Annotated[Optional[Path], typer.Option(help="Volume folder that gets the run folder after each phase; another machine goes on from it")] = None,
         again: Annotated[Optional[Path], typer.Option(help="run folder: do it once more in a fresh one, and say whether the same came out")] = None) -> None:
     """Run an engagement: a file or the name of a shipped one."""
     if again:
@@ -140,10 +143,11 @@ def run(engagement: Annotated[Optional[str], typer.Argument(help="file, or name 
     if grid and (from_phase or to_phase):
         raise BadInput("--grid", "chooses its own phases (up to train)", "leave out --from and --to")
     with _bars() as progress:
+        listener = publishing(Screen(progress), folder, publish_to) if publish_to else Screen(progress)
         if grid:
-            rows = run_grid(engagement, overrides or [], grid, folder, force, Screen(progress))
+            rows = run_grid(engagement, overrides or [], grid, folder, force, listener)
         else:
-            run_engagement(loaded, folder, from_phase, to_phase, force, Screen(progress))
+            run_engagement(loaded, folder, from_phase, to_phase, force, listener)
     show_grid(rows, folder) if grid else show_run(folder)
 
 # %% ../../nbs/core/cli.ipynb #b65b9364

@@ -92,7 +92,7 @@ class StopRequest(TrainerCallback):
     """Within `with`, SIGTERM sets `asked` and ends training with the step; a notebook's handler is given back afterwards."""
 
     def __init__(self):
-        self.asked, self.before = False, None
+        self.asked, self.before, self.agree = False, None, lambda *flags: flags
 
     def __enter__(self):
         """Listen, where a signal can be listened to."""
@@ -111,5 +111,6 @@ class StopRequest(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         """Save and stop if it was asked for."""
+        [self.asked] = self.agree(self.asked)  # all processes of a training stop after the same step
         if self.asked:
             control.should_save = control.should_training_stop = True

@@ -31,6 +31,7 @@ from .checkpoints import BestWeights
 from .errors import BadInput, PhaseFailed, Stopped
 from .fast_layers import fast_layers
 from .frozen import Storage
+from .group import is_first, whole
 from .loss import IGNORED, causal_lm_loss
 from .optimiser import MasterAdamW
 from .offload import keep_in_host_memory
@@ -57,7 +58,7 @@ class TrainingPlan:
 
     `max_steps` ends it before `epochs` do; `learning_rate` None is the method's own. `adapter`, `start_from` (the folder of an
     adapter to go on from) and `storage` (of frozen weights) belong to LoRA. `micro_batch_tokens` None puts a step's samples into
-    one row. `best_by` names the dev score whose best weights are kept, `patience` how many measurements without a better
+    one row; `sharded` is whether processes share the weights (fsdp2). `best_by` names the dev score whose best weights are kept, `patience` how many measurements without a better
     one end the run.
     """
 
@@ -73,6 +74,7 @@ class TrainingPlan:
     batch_size: int = 8
     micro_batch_tokens: int | None = None
     checkpointing: bool = False
+    sharded: bool = False
     evaluations: int = 0
     best_by: str | None = None
     patience: int | None = None
@@ -223,7 +225,7 @@ class PackedSFTTrainer(SFTTrainer):
 
     def _clip_grad_norm(self, model):
         """Clip the gradient, and see that it and the loss are numbers before they are used. Raises Diverged."""
-        norm = super()._clip_grad_norm(model)
+        norm = whole(super()._clip_grad_norm(model))
         if (flag := self.finite.check(self.state.global_step + 1, self.step_loss, norm)) is not None:
             self.optimizer.optimizer.found_inf = flag
         return norm
@@ -288,6 +290,18 @@ class PackedSFTTrainer(SFTTrainer):
             logs |= {"num_tokens": self.tokens, "tokens_per_second": self.tokens / self.seconds, "peak_memory_gib": peak_memory_gib()}
         super().log(logs, start_time)
 
+    def meet(self) -> None:
+        """Return when all processes of this training have come here: here there is one."""
+
+    def agreed(self, *flags: bool) -> list[bool]:
+        """Return flags such as "stop" as all processes of this training see them: here there is one."""
+        return list(flags)
+
+    def measured(self, model, step: int, on_evaluate: Callable[..., dict[str, float]]) -> dict[str, float]:
+        """Return what `on_evaluate(model, step)` finds out about a model that can generate."""
+        with answering(model):
+            return on_evaluate(model, step)
+
     def state_dict(self) -> dict:
         """Return the counters that a checkpoint keeps, and the loss that was not logged yet."""
         return {name: getattr(self, name) for name in COUNTERS} | {
@@ -305,6 +319,8 @@ class PackedSFTTrainer(SFTTrainer):
         if self.checkpoints is None:
             return
         self.stop_clock()
+        if not is_first():
+            return save_learnt(self.model, self.optimizer.optimizer, None)
         with self.checkpoints.saving(self.state.global_step, state_size(self.model)) as folder:
             save_learnt(self.model, self.optimizer.optimizer, folder)
             save_schedule(self.lr_scheduler, folder)
@@ -366,8 +382,7 @@ class _Evaluator(TrainerCallback):
             return
         self.trainer.stop_clock()
         torch.set_num_threads(self.trainer.threads)
-        with answering(model):
-            scores = self.on_evaluate(model, state.global_step)
+        scores = self.trainer.measured(model, state.global_step, self.on_evaluate)
         wanted = control.should_log
         self.trainer.log(dict(scores))
         control.should_log = wanted  # logging scores must not swallow the loss of the same step
@@ -398,13 +413,13 @@ class _Saver(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.trainer.finished = state.global_step >= args.max_steps or self.evaluator.stopped_early
-        control.should_save = control.should_save or self.trainer.checkpoints.pace.due(at_end=self.trainer.finished)
+        [control.should_save] = self.trainer.agreed(control.should_save or self.trainer.checkpoints.pace.due(at_end=self.trainer.finished))
 
 # %% ../../nbs/core/training.ipynb #a518d6e4
 def trainer_arguments(plan: TrainingPlan, samples: int, output_dir: Path) -> SFTConfig:
     """Translate a plan into TRL's configuration: nothing cut, no saving, no reporting of its own."""
-    steps = plan.steps(samples)
-    return SFTConfig(
+    steps, device = plan.steps(samples), torch.cuda.current_device() if torch.cuda.is_available() else None
+    arguments = SFTConfig(
         output_dir=str(output_dir),
         max_steps=steps,
         per_device_train_batch_size=plan.batch_size,
@@ -425,6 +440,10 @@ def trainer_arguments(plan: TrainingPlan, samples: int, output_dir: Path) -> SFT
         report_to="none",
         disable_tqdm=True,
     )
+    if device is not None:  # the one of this process; transformers would take the first, or share the work out to all that it sees
+        torch.cuda.set_device(device)
+        vars(arguments)["_setup_devices"], arguments._n_gpu = torch.device("cuda", device), 1
+    return arguments
 
 
 SPECIAL_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")  # the trainer sets the model's to its tokenizer's
@@ -439,7 +458,8 @@ def trainable(model: PreTrainedModel, plan: TrainingPlan) -> PreTrainedModel | P
     if plan.method == "full":
         trained = model.requires_grad_(True)
     else:
-        trained = add_adapters(model, plan.adapter, plan.start_from, "nf4" if plan.method == "qlora" else plan.storage)
+        trained = add_adapters(model, plan.adapter, plan.start_from, "nf4" if plan.method == "qlora" else plan.storage,
+                               joint=not plan.sharded)
     return trained
 
 
@@ -474,11 +494,12 @@ def train(
     on_evaluate: Callable[[PreTrainedModel | PeftModel, int], dict[str, float]] | None = None,
     checkpoints: Checkpoints | None = None,
     on_lost: Callable[[PreTrainedModel | PeftModel], str] | None = None,
+    make_trainer: Callable[..., PackedSFTTrainer] = PackedSFTTrainer,
 ) -> tuple[PreTrainedModel | PeftModel, TrainingResult]:
     """Train `model` on encoded `samples` as planned, computing in the dtype that it was loaded in.
 
     `on_evaluate(model, step)` is asked `plan.evaluations` times; the model it gets can generate. `on_lost(model)` keeps what
-    was good before a step that cannot be learnt from, and says where. Raises BadInput if no token bears loss, the model does not fit the
+    was good before a step that cannot be learnt from, and says where. `make_trainer` is `core.together`'s where processes train together. Raises BadInput if no token bears loss, the model does not fit the
     plan or a checkpoint is another training's; Diverged if there is nothing to learn from any more; PhaseFailed if a single sample exceeds
     the memory; Stopped after SIGTERM.
     """
@@ -486,7 +507,8 @@ def train(
     set_seed(plan.seed)
     trained = trainable(model, plan)
     special = [(config, name, getattr(config, name, None)) for config in (model.config, model.generation_config) for name in SPECIAL_IDS]
-    trainer = PackedSFTTrainer(
+    dtype = str(model.dtype).removeprefix("torch.")
+    trainer = make_trainer(
         model=trained,
         args=trainer_arguments(plan, len(samples), output_dir),
         train_dataset=dataset,
@@ -503,6 +525,7 @@ def train(
     trainer.add_callback(LossWatch())
     try:
         with fast_layers(model), StopRequest() as request:
+            request.agree = trainer.agreed
             trainer.add_callback(request)
             run_from_checkpoint(trainer, evaluator, callbacks, best)
     except Diverged as error:
@@ -523,6 +546,7 @@ def train(
     if request.asked and not trainer.finished:
         raise Stopped(f"training was asked to stop and did so after step {trainer.state.global_step} of {trainer.state.max_steps}"
                       + (", which is kept: the same command goes on from there" if checkpoints else ""))
+    trainer.meet()
     if best:
         best.restore(trained)
     if plan.checkpointing:
@@ -531,7 +555,6 @@ def train(
         setattr(config, name, value)
     model.__dict__.pop("forward", None)  # TRL hangs its own forward on the model; ours needs none
     model.set_attn_implementation("sdpa")
-    dtype = str(model.dtype).removeprefix("torch.")
     return trained.eval(), training_result(trainer, dataset, dtype, best, evaluator.stopped_early)
 
 # %% ../../nbs/core/training.ipynb #3154cf90

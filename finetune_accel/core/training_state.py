@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor
 
 from .checkpoints import trained_weights
+from .group import put, whole
 from .optimiser import MasterAdamW
 
 # %% auto #0
@@ -33,19 +35,22 @@ def state_size(model: torch.nn.Module) -> int:
 
 
 def _ready(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    return {name: whole(tensor).detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
-def save_learnt(model: torch.nn.Module, optimiser: MasterAdamW, folder: Path) -> None:
-    """Write `weights.safetensors` and `optimiser.safetensors` (float32 copies where there are any, moments) into `folder`."""
-    weights = trained_weights(model)
-    save_file(_ready(weights), folder / "weights.safetensors")
-    held = {}
+def save_learnt(model: torch.nn.Module, optimiser: MasterAdamW, folder: Path | None) -> None:
+    """Write `weights.safetensors` and `optimiser.safetensors` (float32 copies where there are any, moments) into `folder`.
+
+    Of processes that share the weights all must call it, those that do not write with None.
+    """
+    weights, held = trained_weights(model), {}
     for name, working, master in zip(weights, optimiser.working, optimiser.masters, strict=True):
         held |= {f"{moment}/{name}": optimiser.state[master][moment] for moment in MOMENTS}
         if master is not working:
             held[f"master/{name}"] = master
-    save_file(_ready(held), folder / "optimiser.safetensors")
+    ready = {"weights": _ready(weights), "optimiser": _ready(held)}
+    for name, tensors in ready.items() if folder else ():
+        save_file(tensors, folder / f"{name}.safetensors")
 
 
 @torch.no_grad()
@@ -53,7 +58,7 @@ def load_weights(model: torch.nn.Module, folder: Path) -> None:
     """Set the trained weights to those that `save_learnt` wrote."""
     saved = load_file(folder / "weights.safetensors")
     for name, parameter in trained_weights(model).items():
-        parameter.copy_(saved[name])
+        put(parameter, saved[name])
 
 
 @torch.no_grad()
@@ -62,8 +67,17 @@ def load_optimiser(model: torch.nn.Module, optimiser: MasterAdamW, folder: Path)
     saved = load_file(folder / "optimiser.safetensors")
     for name, working, master in zip(trained_weights(model), optimiser.working, optimiser.masters, strict=True):
         if master is not working:
-            master.copy_(saved[f"master/{name}"])
-        optimiser.state[master] = {moment: saved[f"{moment}/{name}"].to(master.device) for moment in MOMENTS}
+            put(master, saved[f"master/{name}"])
+        optimiser.state[master] = {moment: _like(saved[f"{moment}/{name}"], master, moment) for moment in MOMENTS}
+
+
+def _like(moment: torch.Tensor, master: torch.Tensor, name: str) -> torch.Tensor:
+    """Return a moment where and as AdamW keeps it for `master`: cut into parts if that is, except for the count of steps."""
+    if name == "step" or not isinstance(master, DTensor):
+        return moment.to(master.device)
+    kept = torch.zeros_like(master)
+    put(kept, moment)
+    return kept
 
 # %% ../../nbs/core/training_state.ipynb #58126246
 def save_schedule(scheduler: torch.optim.lr_scheduler.LRScheduler, folder: Path) -> None:
