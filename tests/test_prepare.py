@@ -206,6 +206,17 @@ def test_generated_rows_are_all_accounted_for(approach, model, tmp_path):
     assert sum(prepared.rows["kept"].values()) >= 100 and len(prepared.set_aside) > 100
 
 
+def test_rows_that_came_as_a_test_are_the_test(model, tmp_path):
+    """And a training row that is asked there again is found, not hidden."""
+    words = [{"prompt": f"what is {i} in words", "response": f"number {i}"} for i in range(20)]
+    asked = [{"prompt": f"and {i}", "response": f"number {i}"} for i in range(4)]
+    for name, rows in (("rows", words), ("asked", [*asked, words[0]])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prepared = Prepared(model, tmp_path / "out", tmp_path / "rows.jsonl", test_source=str(tmp_path / "asked.jsonl"))
+    assert [r["prompt"] for r in pq.read_table(tmp_path / "out/test.parquet").to_pylist()] == [row["prompt"] for row in asked]
+    assert prepared.rows["kept"]["train"] + prepared.rows["kept"]["dev"] == 20 and prepared.rows["set_aside"] == {"duplicate": 1}
+
+
 def test_a_mended_row_joins_and_nobody_else_moves(model, tmp_path):
     rows = [{"prompt": f"question {i} on {i * 7919}", "response": f"answer {i}"} for i in range(60)]
     (tmp_path / "rows.jsonl").write_bytes(lines(*rows[:50], {"prompt": "broken", "respnse": "x"}, {"prompt": "", "response": "y"}, *rows[50:]))

@@ -276,7 +276,7 @@ def test_a_score_that_is_not_measured_is_refused(run):
 def test_a_loss_that_is_no_number_ends_the_run(run, monkeypatch):
     loss = training.causal_lm_loss
     monkeypatch.setattr(training, "causal_lm_loss", lambda *given: loss(*given) * math.nan)
-    with pytest.raises(PhaseFailed, match="lower learning_rate"):
+    with pytest.raises(PhaseFailed, match="lower train.learning_rate"):
         run()
 
 

@@ -147,8 +147,11 @@ class LoraLinear(PeftLoraLinear):
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         """Return the layer's output for x [..., in]: [..., out]."""
-        if args or kwargs or not self.computes_alone():
+        if args or kwargs or self.disable_adapters or self.merged:
             return super().forward(x, *args, **kwargs)
+        if self.siblings is None:
+            a, b = (matrix.to(x.dtype) for matrix in self.matrices())
+            return self.base_layer(x) + self.scaling["default"] * (x @ a.t()) @ b.t()
         return self.siblings.output(self, x)
 
     def matrices(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -169,11 +172,12 @@ class AdapterPlan:
 SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
-def add_adapters(model: PreTrainedModel, plan: AdapterPlan, start_from: Path | None = None, storage: Storage = "plain") -> PeftModel:
+def add_adapters(model: PreTrainedModel, plan: AdapterPlan, start_from: Path | None = None, storage: Storage = "plain", joint: bool = True) -> PeftModel:
     """Freeze `model` and put trainable float32 matrices beside its linear layers, as planned or as in the adapter `start_from`.
 
     A GPU, if there is one, takes the model; with `storage` other than plain the layers' own weights are given up, so that such a
-    model can train and answer, but is merged from its source again. Raises BadInput for an adapter of another model or unknown targets.
+    model can train and answer, but is merged from its source again. Without `joint` layers that share an input stay apart, each weight its own:
+    for processes that share them. Raises BadInput for an adapter of another model or unknown targets.
     """
     config = LoraConfig(r=plan.rank, lora_alpha=plan.alpha, use_rslora=plan.rank_stabilised, task_type="CAUSAL_LM",
                         target_modules=plan.targets if isinstance(plan.targets, str) else list(plan.targets))
@@ -187,7 +191,7 @@ def add_adapters(model: PreTrainedModel, plan: AdapterPlan, start_from: Path | N
         raise BadInput("adapters", f"cannot be put on these layers: {error}", "name layers of this model, or use all-linear") from None
     if start_from is not None:
         _load_adapter(adapted, start_from)
-    for module in model.modules():
+    for module in model.modules() if joint else ():
         children = {name: child for name, child in module.named_children() if isinstance(child, LoraLinear)}
         groups = [names for names in SHARED_INPUT if all(name in children for name in names)]
         grouped = {name for names in groups for name in names}

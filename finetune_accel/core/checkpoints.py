@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from .criteria import LOWER_IS_BETTER
 from .errors import BadInput
+from .group import is_first, put, whole
 
 # %% auto #0
 __all__ = ['lower_is_better', 'trained_weights', 'BestWeights', 'chance', 'kept_in_words']
@@ -50,7 +52,11 @@ class BestWeights:
         if self.sign * self.latest > self.sign * self.value:
             self.step, self.value, self.waiting = step, self.latest, 0
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            save_file({name: p.detach().cpu().contiguous() for name, p in trained_weights(model).items()}, self.path)
+            staged = self.path.with_name(f".{self.path.name}")  # a checkpoint may hold the file of the last best weights by a second name
+            weights = {name: whole(p).detach().cpu().contiguous() for name, p in trained_weights(model).items()}
+            if is_first():
+                save_file(weights, staged)
+                os.replace(staged, self.path)
         else:
             self.waiting += 1
 
@@ -60,7 +66,15 @@ class BestWeights:
         if self.step:
             saved = load_file(self.path)
             for name, parameter in trained_weights(model).items():
-                parameter.copy_(saved[name])
+                put(parameter, saved[name])
+
+    def state_dict(self) -> dict:
+        """Return what a checkpoint keeps beside the file."""
+        return {"step": self.step, "value": self.value, "latest": self.latest, "waiting": self.waiting}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Take back what `state_dict` returned."""
+        self.step, self.value, self.latest, self.waiting = (state[name] for name in ("step", "value", "latest", "waiting"))
 
     def as_dict(self) -> dict:
         """Return {by, step, value, last}: which weights were kept (step 0: the last), and the last measurement beside them."""

@@ -25,7 +25,7 @@ from .likelihood import log_likelihoods
 from .metrics import count_failed, label_of, measure_of, score_all
 from .multiple_choice import Choices, choose_items
 from .progress import progress
-from .prompting import asked_of_base, halves, nearest_rows
+from .prompting import as_message, asked_of_base, halves, nearest_rows
 from .statistics import Measure, mean_measure, perplexity_measure, score_rows, verdict_rows
 
 # %% auto #0
@@ -152,17 +152,18 @@ SHOWN_ANSWERS = 4  # a person reads these after each measurement
 
 
 def dev_scorer(tokenizer, items: list[dict], train: list[dict], form: dict, criteria: list[Criterion],
-               on_answers: Callable[[int, list[dict]], None] | None = None) -> Callable[..., dict[str, float]]:
+               on_answers: Callable[[int, list[dict]], None] | None = None, prompts: list[str] = ()) -> Callable[..., dict[str, float]]:
     """Return `score(model, step) -> {"dev/criterion": value}`, which measures a model in training on the dev `items`.
 
     `form` is prepare's format.json (approach, system_prompt, targets). `on_answers(step, rows)` is given the first few answers, each
-    {prompt, reference, answer}; where nothing is asked, how the model goes on from the first half of a text.
+    {prompt, reference, answer}; where nothing is asked, how the model goes on from the first half of a text. After them come the answers to `prompts`.
     """
     approach, answered = form["approach"], of_answers(criteria)
     shown = halves(items, SHOWN_ANSWERS) if approach == "continued_pretraining" else items[:SHOWN_ANSWERS]
     asked = items if answered else shown if on_answers else []
     conversations = asked_of_base(asked, train, form, 0, seed=0)["base"] if asked else []
     limit = answer_limit(tokenizer, train, approach)
+    own = list(prompts) if approach == "continued_pretraining" else [as_message(prompt, form["system_prompt"]) for prompt in prompts]
 
     def score(model, step: int) -> dict[str, float]:
         answer = partial(generate.generate, model, tokenizer)
@@ -176,7 +177,8 @@ def dev_scorer(tokenizer, items: list[dict], train: list[dict], form: dict, crit
         if any(criterion.metric == "perplexity" for criterion in criteria):
             values["dev/perplexity"] = read_items(model, tokenizer, items, form["targets"], "dev", "in training").perplexity
         if on_answers:
-            on_answers(step, [{"prompt": row["prompt"], "reference": row["response"], "answer": text} for row, text in zip(shown, texts)])
+            on_answers(step, [*({"prompt": row["prompt"], "reference": row["response"], "answer": text} for row, text in zip(shown, texts)),
+                              *({"prompt": prompt, "reference": "", "answer": g.text} for prompt, g in zip(prompts, answer(own, limit) if own else []))])
         return values
 
     return score

@@ -104,7 +104,8 @@ def decide(checked: Checked, split: SplitSettings, near: str, limit: int | None)
     lines = using()
     if len(lines):
         groups = checked.column("group_number").view(np.uint64)
-        decided.side[lines] = assign_splits(groups[lines], checked.codes("label")[lines], checked.column("when")[lines], late[lines], split)
+        decided.side[lines] = assign_splits(groups[lines], checked.codes("label")[lines], checked.column("when")[lines], late[lines], split,
+                                            checked.column("test")[lines])
         if limit is not None and len(lines) > limit:
             _apply_limit(decided, lines, checked.column("key").view(np.uint64), limit)
     row_of_line = np.flatnonzero(part == 0)[np.cumsum(part == 0) - 1]  # parts follow their first

@@ -32,9 +32,9 @@ __all__ = ['IN_PROCESS', 'check_blocks', 'spark_session', 'check_in_spark']
 IN_PROCESS = 8  # blocks of up to 2,000 rows; starting workers costs more than checking these
 
 
-def _check_and_write(block: Block, rules: RowRules, late: bool, path: Path) -> int:
+def _check_and_write(block: Block, rules: RowRules, joins: str, path: Path) -> int:
     """Check one block, write its part and return how many raw rows it had."""
-    batch = check_block(block, rules, late)
+    batch = check_block(block, rules, joins)
     pq.write_table(pa.Table.from_batches([batch]), path, compression="zstd")
     return pc.sum(pc.equal(batch["part"], 0)).as_py() or 0
 
@@ -58,10 +58,10 @@ def _in_workers(tasks: Iterable[tuple]) -> Iterator[int]:
             yield waiting.popleft().result()
 
 # %% ../../nbs/core/engines.ipynb #ce0563e0
-def check_blocks(blocks: Iterable[tuple[Block, bool]], rules: RowRules, folder: Path) -> None:
-    """Check (block, is it mended) pairs in order and leave one Parquet part a block, schema CHECKED, in `folder`."""
+def check_blocks(blocks: Iterable[tuple[Block, str]], rules: RowRules, folder: Path) -> None:
+    """Check (block, "", "mended" or "test") pairs in order and leave one Parquet part a block, schema CHECKED, in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    tasks = ((block, rules, late, folder / f"part-{number:08d}.parquet") for number, (block, late) in enumerate(blocks))
+    tasks = ((block, rules, joins, folder / f"part-{number:08d}.parquet") for number, (block, joins) in enumerate(blocks))
     first = list(islice(tasks, IN_PROCESS))
     few = len(first) < IN_PROCESS
     outcomes = (_check_and_write(*task) for task in first) if few else _in_workers(chain(first, tasks))
@@ -113,7 +113,7 @@ def spark_session() -> Any:
         .config("spark.sql.execution.arrow.maxRecordsPerBatch", "2000").getOrCreate()
 
 
-def check_in_spark(files: Sequence[tuple[str, str]], rules: RowRules, late: bool, folder: Path) -> None:
+def check_in_spark(files: Sequence[tuple[str, str]], rules: RowRules, joins: str, folder: Path) -> None:
     """Check the rows of Parquet `files`, (name for people, path), in Spark; parts in the schema CHECKED go to `folder`."""
     from urllib.parse import unquote
 
@@ -125,7 +125,7 @@ def check_in_spark(files: Sequence[tuple[str, str]], rules: RowRules, late: bool
             index = batch.schema.get_field_index("__file")
             paths = pa.array([unquote(path.as_py()) for path in batch.column(index)])
             for block in _by_file(batch.set_column(index, "__file", paths), names):
-                yield check_block(block, rules, late)
+                yield check_block(block, rules, joins)
 
     rows = spark.read.option("mergeSchema", "true").parquet(*names).selectExpr("*", "_metadata.file_path as __file", "_metadata.row_index as __row")
     schema = ", ".join(f"`{field.name}` {_spark_type(field.type)}" for field in CHECKED)

@@ -20,27 +20,33 @@ from typing import Any, Callable, Iterator
 import nbformat
 
 from .engagement import Engagement, Phase, load_engagement, phases
-from .errors import BadInput, GateNotMet, PhaseFailed
-from .processes import guarded
+from .disk import disk_full, is_full
+from .errors import BadInput, GateNotMet, PhaseFailed, Stopped
+from .processes import end_processes, guarded
+from .provenance import Same, compare_runs, overrides_for_again
 from .progress import PROGRESS_FILE, latest_progress
 from .runs import HOLDS_LOCK, RunFolder, phase_key, run_lock, write_json
 from .secrets import find_secret, redact
 from .settings import PhaseSettings
+from .supervisor import Watch, in_words, note_death, run_watched
 
 # %% auto #0
-__all__ = ['Listener', 'ANSI', 'without_secrets', 'Cleaned', 'execute_notebook', 'execute_phase', 'Outcome', 'chosen_phases',
-           'run_phase', 'held', 'run_engagement', 'grid_points', 'share_results', 'run_grid']
+__all__ = ['Listener', 'ANSI', 'without_secrets', 'Cleaned', 'execute_notebook', 'execute_until_done', 'execute_phase', 'Outcome',
+           'chosen_phases', 'run_phase', 'held', 'run_engagement', 'run_again', 'grid_points', 'share_results',
+           'run_grid']
 
 # %% ../../nbs/core/pipeline.ipynb #77cd0f2a
-Listener = Callable[[str, str, dict], None]  # called with (phase, "kept" | "started" | "progress" | "done" | "failed", facts)
+Listener = Callable[[str, str, dict], None]  # called with (phase, "kept" | "started" | "progress" | "restarted" | "done" | "failed", facts)
 
 
 def _our_error(error: Exception, notebook: Path) -> Exception:
-    for kind in (BadInput, GateNotMet):
+    for kind in (BadInput, GateNotMet, Stopped):
         if error.ename == kind.__name__:
             outcome = kind.__new__(kind)
             Exception.__init__(outcome, error.evalue)
             return outcome
+    if "No space left on device" in error.evalue:
+        return disk_full(notebook.parent.parent)
     return PhaseFailed(f"{notebook.stem} stopped with {error.ename}: {redact(error.evalue)[:500]}. See {notebook}; "
                        "the same command goes on from there.")
 
@@ -102,8 +108,8 @@ class Cleaned:
         return path
 
 # %% ../../nbs/core/pipeline.ipynb #1b8c56e3
-def execute_notebook(notebook: Path, executed: Path, parameters: dict) -> None:
-    """Run a notebook with papermill in a kernel of this Python, reached through a socket file and not a network port."""
+def execute_notebook(notebook: Path, executed: Path, parameters: dict, watch: Watch) -> None:
+    """Run a notebook with papermill in a kernel of this Python, reached through a socket file and not a network port, and watched."""
     import papermill  # two seconds that `check` and a run with nothing to do should not pay
     from papermill.iorw import papermill_io
     from traitlets.config import Config
@@ -113,29 +119,64 @@ def execute_notebook(notebook: Path, executed: Path, parameters: dict) -> None:
     with tempfile.TemporaryDirectory(prefix="kernel-") as sockets:  # a short path: socket names have at most 107 characters
         config = Config(KernelManager={"transport": "ipc", "ip": f"{sockets}/k"},
                         NotebookClient={"extra_arguments": ["--log-level=CRITICAL"], "startup_timeout": 300})
-        papermill.execute_notebook(str(notebook), str(executed), parameters=parameters, kernel_name="python3",
-                                   progress_bar=False, config=config)
+        run_watched(lambda: papermill.execute_notebook(str(notebook), str(executed), parameters=parameters, kernel_name="python3",
+                                                       progress_bar=False, config=config, kernel_manager_class=watch.manager()), watch)
 
+# %% ../../nbs/core/pipeline.ipynb #c7d668fc
+def execute_until_done(phase: Phase, parameters: dict, executed: Path, unfinished: Path, listener: Listener) -> None:
+    """Run the phase's notebook in one kernel after the other, until one does not die. Raises PhaseFailed when that leads nowhere."""
+    from nbclient.exceptions import DeadKernelError
 
-def execute_phase(phase: Phase, settings: PhaseSettings, folder: RunFolder, listener: Listener) -> dict:
-    """Run the phase's notebook with these settings and return its result. Raises BadInput, GateNotMet or PhaseFailed."""
+    progress = executed.with_name(f"{phase.name}.progress")
+    with _followed(progress, phase.name, listener):
+        while True:
+            watch = Watch()
+            try:
+                return execute_notebook(phase.notebook, executed, parameters, watch)
+            except DeadKernelError:
+                if watch.asked:
+                    raise Stopped(f"{phase.name} was asked to stop and its kernel ended; the same command starts it again") from None
+                reached = latest_progress(progress)
+                end_processes(Path(parameters["run_dir"]))  # what the kernel had started
+                death = note_death(unfinished, watch.code or 0, reached["done"] if reached and reached["label"] == "training" else 0)
+                if death.then == "give up":
+                    raise PhaseFailed(f"the kernel of {phase.notebook.stem} was killed by {death.signal} three times without getting further. Fix: give "
+                                      "it more memory, or set train.micro_batch_tokens lower; the same command goes on from there.") from None
+                progress.unlink(missing_ok=True)
+                for left in executed.parent.glob(f"{phase.name}-*"):
+                    shutil.rmtree(left, ignore_errors=True)
+                listener(phase.name, "restarted", {"said": in_words(death), **vars(death)})
+
+# %% ../../nbs/core/pipeline.ipynb #61cc4e86
+def execute_phase(phase: Phase, settings: PhaseSettings, folder: RunFolder, unfinished: Path, listener: Listener) -> dict:
+    """Run the phase's notebook with these settings and return its result. Raises BadInput, GateNotMet, PhaseFailed or Stopped."""
     from papermill import PapermillExecutionError
 
     staging = folder.path / ".staging"
     staging.mkdir(exist_ok=True)
     executed = staging / phase.notebook.name
     try:
-        with _followed(staging / f"{phase.name}.progress", phase.name, listener):
-            execute_notebook(phase.notebook, executed, settings.model_dump(mode="json"))
+        execute_until_done(phase, settings.model_dump(mode="json"), executed, unfinished, listener)
     except PapermillExecutionError as error:
-        failed = folder.path / "failed" / phase.notebook.name
-        failed.parent.mkdir(exist_ok=True)
-        os.replace(executed, failed)
-        raise _our_error(error, failed) from None
+        raise _our_error(error, _failed(executed, folder)) from None
+    except PhaseFailed:
+        _failed(executed, folder)
+        raise
+    except OSError as error:
+        raise disk_full(folder.path) if is_full(error) else error from None
     result = folder.need(phase.name)
     os.replace(executed, folder.path / phase.name / result["key"] / "notebook.ipynb")
     (folder.path / "failed" / phase.notebook.name).unlink(missing_ok=True)
     return result
+
+
+def _failed(executed: Path, folder: RunFolder) -> Path:
+    """Put the notebook of a phase that failed where a person finds it, and return its place."""
+    failed = folder.path / "failed" / executed.name
+    failed.parent.mkdir(exist_ok=True)
+    if executed.exists():
+        os.replace(executed, failed)
+    return failed
 
 # %% ../../nbs/core/pipeline.ipynb #185cfb0c
 @dataclass(frozen=True)
@@ -165,12 +206,13 @@ def run_phase(phase: Phase, engagement: Engagement, folder: RunFolder, force: bo
     """Keep, restore or execute one phase."""
     settings, clock = engagement.settings(phase, folder.path), time.monotonic()
     inputs = folder.input_digests(phase.reads) | settings.external_inputs()
-    result = None if force else folder.restore(phase.name, phase_key(settings, phase.notebook, inputs))
+    key = phase_key(settings, phase.notebook, inputs)
+    result = None if force else folder.restore(phase.name, key)
     state = "kept" if result else "done"
     if not result:
         listener(phase.name, "started", {})
         try:
-            result = execute_phase(phase, settings, folder, listener)
+            result = execute_phase(phase, settings, folder, folder.unfinished(phase.name, key), listener)
         except Exception:
             listener(phase.name, "failed", {"seconds": time.monotonic() - clock})
             raise
@@ -201,7 +243,26 @@ def run_engagement(engagement: Engagement, run_dir: Path, first: str | None = No
     with held(folder):
         (folder.path / "engagement.yaml").write_text(f"# {engagement.path.name}, SHA-256 with overrides: {engagement.digest}\n"
                                                      + engagement.as_yaml())
-        return [run_phase(phase, engagement, folder, force, listener) for phase in wanted]
+        outcomes = [run_phase(phase, engagement, folder, force, listener) for phase in wanted]
+        if any((folder.path / "spool").glob("*.jsonl")):
+            from finetune_accel.core.tracking import replay_spools  # MLflow: only where there is something to send
+
+            replay_spools(folder.path)
+        return outcomes
+
+# %% ../../nbs/core/pipeline.ipynb #c62e8bf4
+def run_again(first: Path, target: Path, listener: Listener = lambda *_: None) -> list[Same]:
+    """Do the run in `first` again in the folder `target`, which must be fresh; return what both made, side by side. Raises BadInput."""
+    source = RunFolder(first)
+    if not (source.path / "engagement.yaml").is_file():
+        raise BadInput(str(first), "is no run folder: it has no engagement.yaml", "give the folder of an earlier run")
+    if target.exists() and any(target.iterdir()):
+        raise BadInput(str(target), "is not empty, and a run is proven in a fresh folder", "delete it, or give another --run-dir")
+    engagement = load_engagement(str(source.path / "engagement.yaml"), overrides_for_again(source))
+    done = [phase.name for phase in chosen_phases(engagement, None, None) if phase.name in ("plan", "prepare", "benchmark", "train", "evaluate")
+            and source.result(phase.name)]
+    run_engagement(engagement, target, None, done[-1], listener=listener)
+    return compare_runs(source, RunFolder(target))
 
 # %% ../../nbs/core/pipeline.ipynb #5b9f1c06
 def grid_points(options: list[str]) -> list[list[str]]:

@@ -13,13 +13,18 @@ from collections import defaultdict
 from .generate import Prompt
 
 # %% auto #0
-__all__ = ['SHOWN_TEXTS', 'LONGEST_START', 'bare', 'describe_answers', 'told', 'random_rows', 'nearest_rows', 'halves',
-           'asked_of_base']
+__all__ = ['SHOWN_TEXTS', 'LONGEST_START', 'bare', 'as_message', 'describe_answers', 'told', 'random_rows', 'nearest_rows',
+           'halves', 'asked_of_base']
 
 # %% ../../nbs/core/prompting.ipynb #4e1962b8
 def bare(row: dict) -> list[dict[str, str]]:
     """Return what a record asks, as the tuned model is trained on it: all its messages but the answer."""
     return row["messages"][:-1]
+
+
+def as_message(prompt: str, system_prompt: str | None) -> list[dict[str, str]]:
+    """Return the conversation that asks a prompt of one's own, with the run's system prompt."""
+    return [*([{"role": "system", "content": system_prompt}] if system_prompt else []), {"role": "user", "content": prompt}]
 
 
 def describe_answers(responses: list[str], most: int = 100) -> str:

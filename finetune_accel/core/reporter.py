@@ -45,6 +45,14 @@ class TrainingReporter(TrainerCallback):
         self.tracker, self.report, self.limit = tracker, report, limit
         self.note, self.answers = "", []
 
+    def state_dict(self) -> dict:
+        """Return what a checkpoint of the training keeps: the answers so far."""
+        return {"answers": self.answers}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Take back what `state_dict` returned."""
+        self.answers = state["answers"]
+
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Log the figures of this step."""
         figures = {key: value for key, value in logs.items() if key != "epoch"}

@@ -33,7 +33,7 @@ __all__ = ['MESSAGES', 'BAND_COLUMNS', 'CHECKED', 'RowRules', 'said', 'fingerpri
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 BAND_COLUMNS = [f"band_{i}" for i in range(BANDS)]
 CHECKED = pa.schema([
-    ("source", pa.string()), ("row", pa.int64()), ("part", pa.int32()), ("last", pa.bool_()), ("late", pa.bool_()),
+    ("source", pa.string()), ("row", pa.int64()), ("part", pa.int32()), ("last", pa.bool_()), ("late", pa.bool_()), ("test", pa.bool_()),
     ("id", pa.string()), ("key", pa.int64()), ("asked", pa.int64()), ("group_number", pa.int64()), ("when", pa.float64()),
     ("kept", pa.bool_()), ("rule", pa.string()), ("detail", pa.string()), ("fix", pa.string()), ("findings", pa.string()),
     ("tokens", pa.int32()), ("cut_tokens", pa.int32()), ("prompt", pa.string()), ("response", pa.string()), ("messages", MESSAGES),
@@ -148,7 +148,7 @@ def _lines(place: dict, row: Any, record: dict, findings: dict, tokens: int, rul
     return lines
 
 
-def check_block(block: Block, rules: RowRules, late: bool = False) -> pa.RecordBatch:
+def check_block(block: Block, rules: RowRules, joins: str = "") -> pa.RecordBatch:
     """Return the block's rows in the schema CHECKED, in order."""
     tokenizer, control = _tools(rules.model_folder)
     rows, checked = [], []
@@ -160,7 +160,7 @@ def check_block(block: Block, rules: RowRules, late: bool = False) -> pa.RecordB
     good = [outcome[0] for outcome in checked if not isinstance(outcome, Broken)]
     tokens, lines = iter(token_counts(tokenizer, good) if good else []), []
     for (number, row), outcome in zip(rows, checked):
-        place = {"source": block.source, "row": number, "late": late}
+        place = {"source": block.source, "row": number, "late": joins == "mended", "test": joins == "test"}
         lines += [_aside(place, row, outcome, {})] if isinstance(outcome, Broken) else \
             _lines(place, row, *outcome, next(tokens), rules, tokenizer)
     kept = [line for line in lines if line["kept"]]

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Iterator
 from filelock import FileLock, Timeout
 from packaging.requirements import Requirement
 
+from .disk import require_space
 from .errors import BadInput
 from .settings import PhaseSettings
 from .sources import tree_digest
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 # %% auto #0
 __all__ = ['HOLDS_LOCK', 'resolve_run_dir', 'write_json', 'read_json', 'package_folder', 'notebook_code', 'imported_modules',
-           'all_modules', 'locked_versions', 'phase_key', 'run_lock', 'RunFolder', 'PhaseRun']
+           'all_modules', 'locked_versions', 'outcome_settings', 'phase_key', 'run_lock', 'RunFolder', 'PhaseRun']
 
 # %% ../../nbs/core/runs.ipynb #689e88ea
 def resolve_run_dir(run_dir: str | Path) -> Path:
@@ -100,11 +101,17 @@ def locked_versions() -> tuple[str, ...]:
     return tuple(f"{name}=={importlib.metadata.version(name)}" for name in names)
 
 
+def outcome_settings(settings: PhaseSettings) -> dict:
+    """Return the settings that may change a phase's outcome: not where it is written, and none that is `unkeyed`."""
+    unkeyed = {name for name, field in type(settings).model_fields.items() if (field.json_schema_extra or {}).get("unkeyed")}
+    return settings.model_dump(mode="json", exclude={"run_dir", "tracking_uri", *unkeyed})
+
+
 def phase_key(settings: PhaseSettings, notebook: Path, inputs: dict[str, str]) -> str:
     """Return the key of a result: 16 hexadecimal digits over code, settings, inputs' digests and versions."""
     package, source = package_folder(), notebook_code(notebook)
     code = {path.relative_to(package).as_posix(): path.read_text() for path in all_modules(source, package)}
-    parts = [source, sorted(code.items()), settings.model_dump(mode="json", exclude={"run_dir", "tracking_uri"}),
+    parts = [source, sorted(code.items()), outcome_settings(settings),
              sorted(inputs.items()), locked_versions()]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -175,6 +182,10 @@ class RunFolder:
             write_json(self.path / f"{phase}.json", result)
         return result
 
+    def unfinished(self, phase: str, key: str) -> Path:
+        """Return the folder that outlives a phase which fails or is killed, until it is finished: checkpoints, what was not logged yet."""
+        return self.path / "unfinished" / f"{phase}-{key}"
+
     @property
     def decisions(self) -> DecisionLog:
         """The engagement's decision log: beside the run folder, one for all its runs."""
@@ -208,6 +219,8 @@ class PhaseRun:
         self.key = phase_key(settings, notebook, self.inputs)
         self.staging = self.folder.path / ".staging" / f"{phase}-{self.key}-{os.getpid()}"
         self.staging.mkdir(parents=True)
+        self.unfinished = self.folder.unfinished(phase, self.key)
+        require_space(self.folder.path, 0, f"the phase {phase}")
         self.started, self._clock = time.strftime("%Y-%m-%dT%H:%M:%S%z"), time.monotonic()
         self.tracker = tracker(self) if tracker else None
 
@@ -238,5 +251,8 @@ class PhaseRun:
         os.replace(self.staging, target)
         write_json(self.folder.path / f"{self.phase}.json", result)
         shutil.rmtree(self.staging.with_name(self.staging.name + ".old"), ignore_errors=True)
+        shutil.rmtree(self.unfinished, ignore_errors=True)
+        if self.unfinished.parent.exists() and not any(self.unfinished.parent.iterdir()):
+            self.unfinished.parent.rmdir()
         self._locked.__exit__(None, None, None)
         return result

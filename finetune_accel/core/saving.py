@@ -18,7 +18,7 @@ from .runs import resolve_run_dir
 from .sources import local_path
 
 # %% auto #0
-__all__ = ['check_saved', 'save_model', 'save_adapter', 'write_out_four_bits', 'merged_model', 'adapter_folder',
+__all__ = ['check_saved', 'save_model', 'save_adapter', 'write_out_four_bits', 'merged_model', 'keep_good', 'adapter_folder',
            'adapter_to_start_from']
 
 # %% ../../nbs/core/saving.ipynb #84ac9bb1
@@ -66,6 +66,16 @@ def merged_model(peft_model: PeftModel, adapter_dir: Path, base_dir: Path) -> Pr
         write_out_four_bits(base, whole)
         peft_model = PeftModel.from_pretrained(whole, adapter_dir)
     return peft_model.merge_and_unload(safe_merge=True).eval()
+
+# %% ../../nbs/core/saving.ipynb #68b13e2f
+def keep_good(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, base_model: str, folder: Path) -> str:
+    """Write a model's weights, or its adapter alone, into `folder`; return how a run goes on from them."""
+    if isinstance(model, PeftModel):
+        save_adapter(model, tokenizer, base_model, folder)
+        return f"What was good before is kept: --set train.start_from={folder}"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return f"What was good before is kept: --set train.base_model=path:{folder}"
 
 # %% ../../nbs/core/saving.ipynb #46a63930
 def adapter_folder(start_from: str) -> Path:

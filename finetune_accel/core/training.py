@@ -5,6 +5,7 @@
 # %% ../../nbs/core/training.ipynb #edbbf020
 from __future__ import annotations
 
+import json
 import math
 import resource
 import threading
@@ -21,24 +22,30 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
-from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_callback import PrinterCallback, TrainerState
 from trl import SFTConfig, SFTTrainer
 
 from .adapters import AdapterPlan, LoraLinear, add_adapters
 from .attention import answering
 from .checkpoints import BestWeights
-from .errors import BadInput, PhaseFailed
+from .errors import BadInput, PhaseFailed, Stopped
 from .fast_layers import fast_layers
 from .frozen import Storage
+from .group import is_first, whole
 from .loss import IGNORED, causal_lm_loss
 from .optimiser import MasterAdamW
 from .offload import keep_in_host_memory
 from .packing import deal, lay_out_row, row_count, rows_of_step, tokens_read
+from .resume import Checkpoints
+from .stability import Diverged, Exploded, FiniteSteps, LossWatch, StopRequest
+from .training_state import (load_kept, load_optimiser, load_random_state, load_schedule, load_weights, save_kept, save_learnt,
+                                                save_random_state, save_schedule, state_size)
 
 # %% auto #0
-__all__ = ['Method', 'LEARNING_RATES', 'SPECIAL_IDS', 'TrainingPlan', 'TrainingResult', 'training_dataset', 'Step',
-           'row_on_device', 'add_gradients', 'gradients_apart', 'PackedSFTTrainer', 'forget_what_did_not_fit',
-           'peak_memory_gib', 'trainer_arguments', 'trainable', 'train', 'training_result', 'operations_a_token']
+__all__ = ['Method', 'LEARNING_RATES', 'COUNTERS', 'SPECIAL_IDS', 'TrainingPlan', 'TrainingResult', 'training_dataset', 'Step',
+           'row_on_device', 'add_gradients', 'gradients_apart', 'PackedSFTTrainer', 'is_out_of_memory',
+           'forget_what_did_not_fit', 'peak_memory_gib', 'trainer_arguments', 'trainable', 'run_from_checkpoint',
+           'train', 'training_result', 'operations_a_token']
 
 # %% ../../nbs/core/training.ipynb #bfd99849
 Method = Literal["lora", "qlora", "full"]
@@ -51,7 +58,7 @@ class TrainingPlan:
 
     `max_steps` ends it before `epochs` do; `learning_rate` None is the method's own. `adapter`, `start_from` (the folder of an
     adapter to go on from) and `storage` (of frozen weights) belong to LoRA. `micro_batch_tokens` None puts a step's samples into
-    one row. `best_by` names the dev score whose best weights are kept, `patience` how many measurements without a better
+    one row; `sharded` is whether processes share the weights (fsdp2). `best_by` names the dev score whose best weights are kept, `patience` how many measurements without a better
     one end the run.
     """
 
@@ -67,6 +74,7 @@ class TrainingPlan:
     batch_size: int = 8
     micro_batch_tokens: int | None = None
     checkpointing: bool = False
+    sharded: bool = False
     evaluations: int = 0
     best_by: str | None = None
     patience: int | None = None
@@ -177,16 +185,24 @@ def gradients_apart(model: torch.nn.Module, rows: Sequence[Sequence[dict]], coun
     return total, tokens, sums
 
 # %% ../../nbs/core/training.ipynb #72b66a0d
-class PackedSFTTrainer(SFTTrainer):
-    """TRL's SFTTrainer on packed rows with the loss of `core.loss`; counts `tokens`, `supervised_tokens` and `seconds`."""
+COUNTERS = ("tokens", "supervised_tokens", "seconds", "micro_batch_tokens", "halvings", "hands", "finished")
 
-    def __init__(self, *args, micro_batch_tokens: int | None = None, **kwargs):
+
+class PackedSFTTrainer(SFTTrainer):
+    """TRL's SFTTrainer on packed rows with the loss of `core.loss`; counts `tokens`, `supervised_tokens` and `seconds`.
+
+    `checkpoints` is where its whole state goes, `parts` is what else has some, {name: part}, and `best` the file of the best weights.
+    """
+
+    def __init__(self, *args, micro_batch_tokens: int | None = None, checkpoints: Checkpoints | None = None, **kwargs):
         super().__init__(*args, **kwargs)
         self.micro_batch_tokens, self.halvings = micro_batch_tokens, 0
         self.tokens, self.supervised_tokens, self.seconds, self.started = 0, 0, 0.0, None
         self.hands, self.threads = row_count(self.args.per_device_train_batch_size), torch.get_num_threads()
         self.workers = ThreadPoolExecutor(self.hands)
         self.data_collator = lambda samples: {"step": Step(samples)}
+        self.checkpoints, self.parts, self.best, self.finished = checkpoints, {"trainer": self}, None, False
+        self.finite, self.unlogged = FiniteSteps(), None
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """Compute the gradient of one step and return its loss, in smaller rows if memory does not suffice for these."""
@@ -196,13 +212,23 @@ class PackedSFTTrainer(SFTTrainer):
         while done is None:
             try:
                 done = self._gradient(model, step)
-            except torch.OutOfMemoryError:
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
                 forget_what_did_not_fit(model)
             if done is None:  # outside of the handler, whose traceback holds on to what did not fit
                 self._halve(step)
         loss, tokens = done
         self.tokens, self.supervised_tokens = self.tokens + tokens, self.supervised_tokens + step.supervised()
+        self.step_loss = loss
         return loss
+
+    def _clip_grad_norm(self, model):
+        """Clip the gradient, and see that it and the loss are numbers before they are used. Raises Diverged."""
+        norm = whole(super()._clip_grad_norm(model))
+        if (flag := self.finite.check(self.state.global_step + 1, self.step_loss, norm)) is not None:
+            self.optimizer.optimizer.found_inf = flag
+        return norm
 
     def _gradient(self, model: torch.nn.Module, step: Step) -> tuple[torch.Tensor, int]:
         """Set the trainable parameters' gradients for one step; returns the mean loss and the tokens read."""
@@ -257,14 +283,71 @@ class PackedSFTTrainer(SFTTrainer):
         return 0
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add tokens, speed and memory to what is logged with a loss; raises PhaseFailed if that is not a finite number."""
+        """Add tokens, speed and memory to what is logged with a loss. Raises Diverged if that is not a finite number."""
         self.stop_clock()
         if "loss" in logs:
-            if not math.isfinite(logs["loss"]):
-                raise PhaseFailed(f"the training loss became {logs['loss']} before step {self.state.global_step + 1}. "
-                                  f"Fix: lower learning_rate (it is {self.args.learning_rate}).")
+            self.finite.settle() if not math.isfinite(logs["loss"]) else None
             logs |= {"num_tokens": self.tokens, "tokens_per_second": self.tokens / self.seconds, "peak_memory_gib": peak_memory_gib()}
         super().log(logs, start_time)
+
+    def meet(self) -> None:
+        """Return when all processes of this training have come here: here there is one."""
+
+    def agreed(self, *flags: bool) -> list[bool]:
+        """Return flags such as "stop" as all processes of this training see them: here there is one."""
+        return list(flags)
+
+    def measured(self, model, step: int, on_evaluate: Callable[..., dict[str, float]]) -> dict[str, float]:
+        """Return what `on_evaluate(model, step)` finds out about a model that can generate."""
+        with answering(model):
+            return on_evaluate(model, step)
+
+    def state_dict(self) -> dict:
+        """Return the counters that a checkpoint keeps, and the loss that was not logged yet."""
+        return {name: getattr(self, name) for name in COUNTERS} | {
+            "unlogged": [self._tr_loss.item(), self._globalstep_last_logged]}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Take back what `state_dict` returned; a smaller limit on rows that was found since stays."""
+        smaller = self.micro_batch_tokens
+        for name in (*COUNTERS, "unlogged"):
+            setattr(self, name, state[name])
+        self.micro_batch_tokens = min((limit for limit in (smaller, self.micro_batch_tokens) if limit), default=None)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """Write the whole state as a checkpoint, in place of the files of the Trainer."""
+        if self.checkpoints is None:
+            return
+        self.stop_clock()
+        if not is_first():
+            return save_learnt(self.model, self.optimizer.optimizer, None)
+        with self.checkpoints.saving(self.state.global_step, state_size(self.model)) as folder:
+            save_learnt(self.model, self.optimizer.optimizer, folder)
+            save_schedule(self.lr_scheduler, folder)
+            save_random_state(folder)
+            save_kept(self.parts, self.best, folder)
+            self.state.save_to_json(str(folder / "trainer_state.json"))
+
+    def _load_from_checkpoint(self, folder, model=None) -> None:
+        """Read weights and counters; the Trainer reads its `trainer_state.json`, and asks for the rest below."""
+        load_weights(self.model, Path(folder))
+        load_kept(self.parts, self.best, Path(folder))
+
+    def _load_optimizer_and_scheduler(self, folder) -> None:
+        """Read AdamW's state and the schedule's."""
+        if folder is not None:
+            load_optimiser(self.model, self.optimizer.optimizer, Path(folder))
+            load_schedule(self.lr_scheduler, Path(folder))
+
+    def _load_rng_state(self, folder) -> None:
+        """Read the random numbers' state, after the samples that were seen have been passed over."""
+        if folder is not None:
+            load_random_state(Path(folder))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that memory did not suffice: a GPU's, or the processor's, which torch gives no class of its own."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error) or "bad_alloc" in str(error)
 
 
 def forget_what_did_not_fit(model: torch.nn.Module) -> None:
@@ -299,8 +382,7 @@ class _Evaluator(TrainerCallback):
             return
         self.trainer.stop_clock()
         torch.set_num_threads(self.trainer.threads)
-        with answering(model):
-            scores = self.on_evaluate(model, state.global_step)
+        scores = self.trainer.measured(model, state.global_step, self.on_evaluate)
         wanted = control.should_log
         self.trainer.log(dict(scores))
         control.should_log = wanted  # logging scores must not swallow the loss of the same step
@@ -309,11 +391,35 @@ class _Evaluator(TrainerCallback):
             if self.patience and self.best.waiting >= self.patience and state.global_step < args.max_steps:
                 self.stopped_early = control.should_training_stop = control.should_log = True
 
+    def state_dict(self) -> dict:
+        """Return what a checkpoint keeps."""
+        return {"stopped_early": self.stopped_early}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Take back what `state_dict` returned."""
+        self.stopped_early = state["stopped_early"]
+
+
+class _Saver(TrainerCallback):
+    """Asks for a checkpoint when one is due, and gives a resumed trainer the loss that was not logged yet."""
+
+    def __init__(self, trainer: PackedSFTTrainer, evaluator: _Evaluator):
+        self.trainer, self.evaluator = trainer, evaluator
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if self.trainer.unlogged:
+            loss, self.trainer._globalstep_last_logged = self.trainer.unlogged
+            self.trainer._tr_loss += loss
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.trainer.finished = state.global_step >= args.max_steps or self.evaluator.stopped_early
+        [control.should_save] = self.trainer.agreed(control.should_save or self.trainer.checkpoints.pace.due(at_end=self.trainer.finished))
+
 # %% ../../nbs/core/training.ipynb #a518d6e4
 def trainer_arguments(plan: TrainingPlan, samples: int, output_dir: Path) -> SFTConfig:
     """Translate a plan into TRL's configuration: nothing cut, no saving, no reporting of its own."""
-    steps = plan.steps(samples)
-    return SFTConfig(
+    steps, device = plan.steps(samples), torch.cuda.current_device() if torch.cuda.is_available() else None
+    arguments = SFTConfig(
         output_dir=str(output_dir),
         max_steps=steps,
         per_device_train_batch_size=plan.batch_size,
@@ -334,6 +440,10 @@ def trainer_arguments(plan: TrainingPlan, samples: int, output_dir: Path) -> SFT
         report_to="none",
         disable_tqdm=True,
     )
+    if device is not None:  # the one of this process; transformers would take the first, or share the work out to all that it sees
+        torch.cuda.set_device(device)
+        vars(arguments)["_setup_devices"], arguments._n_gpu = torch.device("cuda", device), 1
+    return arguments
 
 
 SPECIAL_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")  # the trainer sets the model's to its tokenizer's
@@ -348,8 +458,30 @@ def trainable(model: PreTrainedModel, plan: TrainingPlan) -> PreTrainedModel | P
     if plan.method == "full":
         trained = model.requires_grad_(True)
     else:
-        trained = add_adapters(model, plan.adapter, plan.start_from, "nf4" if plan.method == "qlora" else plan.storage)
+        trained = add_adapters(model, plan.adapter, plan.start_from, "nf4" if plan.method == "qlora" else plan.storage,
+                               joint=not plan.sharded)
     return trained
+
+
+def run_from_checkpoint(trainer: PackedSFTTrainer, evaluator: _Evaluator, callbacks: Sequence[TrainerCallback], best: BestWeights | None) -> None:
+    """Train to the end, from the newest whole checkpoint if there is one; of a training that had ended, only take back its state."""
+    if trainer.checkpoints is None:
+        trainer.train()
+        return trainer.finite.settle()
+    stateful = {type(callback).__name__: callback for callback in callbacks if hasattr(callback, "state_dict")}
+    trainer.parts |= {"evaluator": evaluator, **stateful} | ({"best": best} if best else {})
+    trainer.best = best.path if best else None
+    trainer.checkpoints.pace.expect(state_size(trainer.model))
+    trainer.add_callback(_Saver(trainer, evaluator))
+    found = trainer.checkpoints.newest()
+    if found:
+        trainer.checkpoints.resumed_at.append(int(found.name[5:]))
+        if json.loads((found / "kept.json").read_text())["trainer"]["finished"]:
+            trainer._load_from_checkpoint(found)
+            trainer.state = TrainerState.load_from_json(str(found / "trainer_state.json"))
+            return
+    trainer.train(resume_from_checkpoint=str(found) if found else None)
+    trainer.finite.settle()
 
 
 def train(
@@ -360,38 +492,61 @@ def train(
     output_dir: Path,
     callbacks: Sequence[TrainerCallback] = (),
     on_evaluate: Callable[[PreTrainedModel | PeftModel, int], dict[str, float]] | None = None,
+    checkpoints: Checkpoints | None = None,
+    on_lost: Callable[[PreTrainedModel | PeftModel], str] | None = None,
+    make_trainer: Callable[..., PackedSFTTrainer] = PackedSFTTrainer,
 ) -> tuple[PreTrainedModel | PeftModel, TrainingResult]:
     """Train `model` on encoded `samples` as planned, computing in the dtype that it was loaded in.
 
-    `on_evaluate(model, step)` is asked `plan.evaluations` times; the model it gets can generate. Raises BadInput if no
-    token bears loss or the model does not fit the plan, PhaseFailed if the loss becomes NaN or a single sample exceeds the memory.
+    `on_evaluate(model, step)` is asked `plan.evaluations` times; the model it gets can generate. `on_lost(model)` keeps what
+    was good before a step that cannot be learnt from, and says where. `make_trainer` is `core.together`'s where processes train together. Raises BadInput if no token bears loss, the model does not fit the
+    plan or a checkpoint is another training's; Diverged if there is nothing to learn from any more; PhaseFailed if a single sample exceeds
+    the memory; Stopped after SIGTERM.
     """
     dataset = training_dataset(samples)
     set_seed(plan.seed)
     trained = trainable(model, plan)
     special = [(config, name, getattr(config, name, None)) for config in (model.config, model.generation_config) for name in SPECIAL_IDS]
-    trainer = PackedSFTTrainer(
+    dtype = str(model.dtype).removeprefix("torch.")
+    trainer = make_trainer(
         model=trained,
         args=trainer_arguments(plan, len(samples), output_dir),
         train_dataset=dataset,
         processing_class=deepcopy(tokenizer),  # TRL gives one without padding its end token as padding: not to be saved with the model
         callbacks=list(callbacks),
         micro_batch_tokens=plan.micro_batch_tokens,
+        checkpoints=checkpoints,
     )
     trainer.remove_callback(PrinterCallback)
     best = BestWeights(output_dir / "best.safetensors", plan.best_by) if plan.best_by and on_evaluate else None
     evaluator = _Evaluator(trainer, on_evaluate, plan.evaluation_steps(len(samples)), best, plan.patience)
     if on_evaluate:
         trainer.add_callback(evaluator)
+    trainer.add_callback(LossWatch())
     try:
-        with fast_layers(model):
-            trainer.train()
-    except torch.OutOfMemoryError as error:  # outside of the rows of a step, where smaller ones would help
+        with fast_layers(model), StopRequest() as request:
+            request.agree = trainer.agreed
+            trainer.add_callback(request)
+            run_from_checkpoint(trainer, evaluator, callbacks, best)
+    except Diverged as error:
+        good = not isinstance(error, Exploded) or (best and best.step)  # else there is nothing that was measured to be good
+        if good and best and isinstance(error, Exploded):
+            best.restore(trained)
+        kept = f" {on_lost(trained)}" if on_lost and good else ""
+        raise Diverged(f"{error}. Fix: lower train.learning_rate (it is {plan.peak_learning_rate:g}), or look at the rows of that step.{kept}") from None
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        # outside of the rows of a step, where smaller ones would help
         raise PhaseFailed(f"the memory does not suffice for the optimiser or for the answers on dev ({str(error).splitlines()[0][:150]}). "
                           "Fix: choose method lora or qlora, or a smaller base model.") from None
     finally:
         trainer.workers.shutdown()
         torch.set_num_threads(trainer.threads)
+    if request.asked and not trainer.finished:
+        raise Stopped(f"training was asked to stop and did so after step {trainer.state.global_step} of {trainer.state.max_steps}"
+                      + (", which is kept: the same command goes on from there" if checkpoints else ""))
+    trainer.meet()
     if best:
         best.restore(trained)
     if plan.checkpointing:
@@ -400,7 +555,6 @@ def train(
         setattr(config, name, value)
     model.__dict__.pop("forward", None)  # TRL hangs its own forward on the model; ours needs none
     model.set_attn_implementation("sdpa")
-    dtype = str(model.dtype).removeprefix("torch.")
     return trained.eval(), training_result(trainer, dataset, dtype, best, evaluator.stopped_early)
 
 # %% ../../nbs/core/training.ipynb #3154cf90
