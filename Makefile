@@ -7,13 +7,14 @@
 # make generation   speed of the engines that answer, and whether they answer the same (RUN: a finished run of home-intents)
 # make serving  our server beside its own engines, transformers serve and mlflow models serve
 # make scoring  rows a second beside a loop over transformers' pipeline (RUN); make kills: jobs and streams killed ten times in each of four ways
+# make drift  what the monitor finds and how often it is wrong; make million: a million requests through it; make loop: from an alert to the next champion
 # make gpu    on one NVIDIA GPU: speed beside TRL (and Unsloth: UNSLOTH=FOLDER), memory, exactness, FP8 and four bits on real weights
 # make two-gpus   on a machine with two: one beside two, ddp and fsdp2
 # make sync   after editing a notebook: export the package, the parameters cells and README.md
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test slow lock locked lab sync benchmark generation scale scoring kills serving gpu two-gpus clean
+.PHONY: demo test slow lock locked lab sync benchmark generation scale scoring kills serving drift loop million gpu two-gpus clean
 
 demo: .venv/.installed
 	$(BIN)/finetune-accel run home-intents
@@ -64,6 +65,15 @@ kills: .venv/.installed-dev
 
 serving: .venv/.installed-dev
 	$(BIN)/python benchmarks/serving.py
+
+drift: .venv/.installed-dev
+	$(BIN)/python benchmarks/drift.py
+
+million: .venv/.installed-dev
+	$(BIN)/python benchmarks/monitoring.py
+
+loop: .venv/.installed-dev
+	$(BIN)/python benchmarks/loop.py
 
 scale: .venv/.installed-dev
 	$(BIN)/python benchmarks/prepare_scale.py

@@ -29,7 +29,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 PROMPT, NEW, LIMIT = 32, 64, 48  # tokens: of a random prompt, forced after it, and at most of an answer that ends by itself
 SIDES = {"cpu": ["plain-fp32", "plain-bf16", "reference", "openvino", "openvino-bf16"],
-         "cuda": ["plain-fp32", "plain-bf16", "reference"]}
+         "cuda": ["plain-fp32", "plain-bf16", "reference", "cuda", "cuda-bf16"]}
 
 
 def random_prompts(rows: int, vocabulary: int) -> list[list[int]]:
@@ -84,6 +84,7 @@ class Ours:
     def decode(self, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
         """Write `new_tokens` after each prompt."""
         from finetune_accel.core import generate
+        from finetune_accel.core.live import decode_all
 
         def never(tokens: list[int]) -> bool:
             return False
@@ -92,8 +93,8 @@ class Ours:
             with generate.inference(self.engine.model):
                 decoded = generate._decode_batch(self.engine.model, prompts, None, new_tokens, generate.Sampling(), never)
         else:
-            self.engine.ends = set()
-            decoded = self.engine.decode(prompts, new_tokens, never)
+            self.engine.ends = {None: set()} if self.name.startswith("cuda") else set()
+            decoded = decode_all(self.engine, prompts, new_tokens, never)
         return [tokens for tokens, *_ in decoded]
 
     def answers(self, conversations: list, limit: int) -> list[str]:
@@ -145,10 +146,10 @@ def read_items(paths: list[str], count: int) -> list[dict]:
     return rows[:count]
 
 
-def child(arguments: list[str]) -> dict:
+def child(device: str, arguments: list[str]) -> dict:
     """Run this script in a fresh process and return what it found, or {"error": its last line}."""
     with tempfile.NamedTemporaryFile(suffix=".json") as out:
-        done = subprocess.run([sys.executable, __file__, "--write", out.name, *arguments], capture_output=True, text=True)
+        done = subprocess.run([sys.executable, __file__, "--device", device, "--write", out.name, *arguments], capture_output=True, text=True)
         if done.returncode:
             return {"error": done.stderr.strip()[-500:] or f"exit {done.returncode}"}
         return json.loads(Path(out.name).read_text())
@@ -184,7 +185,7 @@ def speeds(args: argparse.Namespace, deadline: float) -> dict:
             if measured[side] and (time.monotonic() + worst > deadline or "error" in measured[side][0]):
                 continue
             started, load = time.monotonic(), os.getloadavg()[0]
-            one = child(["--side", side, "--model", args.model, "--streams", *map(str, args.streams)])
+            one = child(args.device, ["--side", side, "--model", args.model, "--streams", *map(str, args.streams)])
             worst = max(worst, time.monotonic() - started)
             measured[side].append(one | {"load_before": load})
             print(f"round {number + 1} {side}: {one.get('error') or {k: round(v, 1) for k, v in one['streams'].items()}}", flush=True)
@@ -221,7 +222,7 @@ def fidelities(args: argparse.Namespace) -> dict:
     wanted, groups = [row["response"] for row in items], [row["group"] for row in items]
     given, found = {}, {}
     for side in ["reference", *(side for side in args.sides if side != "reference")]:
-        one = child(["--side", side, "--model", args.tuned, "--count", str(args.count), "--items", *args.items])
+        one = child(args.device, ["--side", side, "--model", args.tuned, "--count", str(args.count), "--items", *args.items])
         if "error" in one:
             found[side] = one
             continue

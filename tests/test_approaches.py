@@ -60,6 +60,7 @@ evaluate: {{}}
 serve: {{parity_prompts: 2, engines: [reference]}}
 score: {{}}
 promote: {{}}
+monitor: {{}}
 """
 
 

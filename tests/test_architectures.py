@@ -270,6 +270,7 @@ evaluate: {{examples_in_prompt: 1}}
 serve: {{parity_prompts: 1, engines: [reference]}}
 score: {{}}
 promote: {{}}
+monitor: {{}}
 """
 
 

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -34,6 +35,10 @@ from finetune_accel.core.errors import BadInput, Broken
 from finetune_accel.core.existing_models import MOST_FREQUENT, evaluate_existing
 from finetune_accel.core.formats import Form
 from finetune_accel.core.gating import results_of
+from finetune_accel.core.judging import judge_file
+from finetune_accel.core.monitor_commands import monitor_settings
+from finetune_accel.core.monitor_job import Evidence, job_for, look
+from finetune_accel.core.monitoring import read_table
 from finetune_accel.core.policy import default_policy
 from finetune_accel.core.predictor import predictor_for
 from finetune_accel.core.promotion import Desk, Place, promote, register_existing
@@ -400,3 +405,42 @@ def test_a_model_that_dies_in_service_is_seen(server):
     assert reply.status_code == 503 and "ended" in reply.text
     assert "Traceback" not in server.log.read_text()
     time.sleep(0.1)
+
+
+# --- monitored ---
+
+@pytest.mark.slow
+def test_monitored_as_classification(customer, server, tmp_path):
+    """Judged on half of the test rows, asked the other half through its server: no alert. Asked one intent alone: its predictions have moved."""
+    rows = pd.read_parquet(customer.tests).drop_duplicates("text").sample(frac=1, random_state=17)
+    rows[::2].to_parquet(tmp_path / "judged.parquet")
+    (tmp_path / "tickets.yaml").write_text(json.dumps({"name": "tickets", "model": version(1), "rows": "judged.parquet", "data_sources": DATA[:1],
+                                                       "criteria": [one.model_dump() for one in CRITERIA]}).replace('"public"', '"public stand-in"'))
+    judge_file(tmp_path / "tickets.yaml", tmp_path / "out")
+    rules = monitor_settings(tmp_path / "out", {"window": "1 minute", "windows_out": 1, "of_windows": 1, "fewest_rows": 30})
+    evidence, usual, later = Evidence(tmp_path / "out"), rows[1::2], datetime.now(timezone.utc) + timedelta(days=1)
+    job = job_for(rules, str(server.table), evidence.baseline(rules), None, tmp_path / "out", {})
+    assert {column.name for column in job.baseline.view.columns} == {"input text", "prediction", "latency_ms", "error", "scored macro_f1", "scored exact_match"}
+
+    def ask(texts: list[str], name: str) -> None:
+        time.sleep(60 - time.time() % 60)  # a window of its own
+        for number, text in enumerate(texts):
+            form = {"inputs": {"text": [text]}} if number % 2 else {"dataframe_records": [{"text": text}]}
+            assert server.client.post("/invocations", json={**form, "client_request_id": f"{name}-{number}"}).status_code == 200
+        time.sleep(7)  # until the server has written them
+
+    ask(usual["text"].tolist()[:120], "usual")
+    labels = {f"usual-{number}": {"request_id": f"usual-{number}", "response": label} for number, label in enumerate(usual["expected"].tolist()[:120])}
+    found = look(job._replace(labels=labels), rules, tmp_path / "out", now=later)
+    assert found["judged"] == 1 and not found["alerts"] and found["rows"] == {"in": 120, "kept": 120}, found["alerts"]
+    (score,) = [row for row in read_table(job.folder / "profile") if row["column_name"] == "scored exact_match"]
+    assert score["count"] == 120 and 0 < score["avg"] < 1
+    most = Counter(usual["expected"]).most_common(1)[0][0]
+    ask(usual[usual["expected"] == most]["text"].tolist()[:60], "one")
+    found = look(job._replace(labels=labels), rules, tmp_path / "out", now=later)
+    assert "prediction" in {alert["column"] for alert in found["alerts"]} and "input text" in {alert["column"] for alert in found["alerts"]}
+    (drift,) = [row for row in read_table(job.folder / "drift") if row["column_name"] == "prediction" and row["slice_key"] is None and row["drift_type"] == "CONSECUTIVE"]
+    assert drift["tv_distance"] > 0.3 and drift["chi_squared_test"]["pvalue"] < 1e-6
+    (profile,) = [row for row in read_table(job.folder / "profile") if row["column_name"] == "prediction" and row["slice_key"] is None
+                  and row["window"]["start"] == drift["window"]["start"]]
+    assert profile["frequent_items"][0]["count"] > 20 and "ALERT" not in (job.folder / "dashboard.html").read_text()

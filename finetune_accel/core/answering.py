@@ -8,17 +8,19 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
+import torch
 from transformers import AutoTokenizer
 
 from . import generate
 from .errors import BadInput
 from .generate import Generation, Prompt, Sampling
 from .live import LiveEngine
+from .settings import EngineName
 
 # %% auto #0
-__all__ = ['ENGINES', 'Engine', 'Reference', 'load_engine', 'load_live', 'how_answered']
+__all__ = ['ENGINES', 'Engine', 'Reference', 'engine_kind', 'load_engine', 'load_live', 'how_answered']
 
 # %% ../../nbs/core/answering.ipynb #1afbaec4
 class Engine(Protocol):
@@ -48,23 +50,28 @@ class Reference:
         return generate.generate(self.model, self.tokenizer, prompts, max_new_tokens, sampling=sampling, stop=stop, progress=progress)
 
 # %% ../../nbs/core/answering.ipynb #4549e0ed
-ENGINES = ("reference", "openvino", "openvino-bf16")  # float32 with torch; OpenVINO GenAI on a CPU, in float32 and in bfloat16
+ENGINES = get_args(EngineName)  # float32 with torch; OpenVINO GenAI on a CPU and CUDA graphs on a GPU, each in float32 and in bfloat16
 
 
-def _kind(name: str) -> tuple[str, str]:
-    """Return (reference or openvino, dtype) of an engine's name; raises BadInput for an unknown one."""
+def engine_kind(name: str) -> tuple[str, str]:
+    """Return (reference, openvino or cuda, dtype) of an engine's name. Raises BadInput for an unknown one, and without the GPU that it needs."""
     if name not in ENGINES:
         raise BadInput("engine", f"there is no engine {name!r}", f"use one of: {', '.join(ENGINES)}")
     kind, _, half = name.partition("-")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise BadInput("engine", f"{name} needs an NVIDIA GPU, and this machine has none", "use the engine reference or openvino")
     return kind, "bfloat16" if half else "float32"
 
 
 def load_engine(name: str, model_dir: str | Path) -> Engine:
     """Return the engine `name` with the model of a local folder. Raises BadInput for an unknown name and for what cannot run here."""
-    kind, dtype = _kind(name)
+    kind, dtype = engine_kind(name)
     if kind == "openvino":
         from finetune_accel.core.openvino_engine import OpenVINO
         return OpenVINO(model_dir, dtype)
+    if kind == "cuda":
+        from finetune_accel.core.cuda_engine import Recorded
+        return Recorded(model_dir, dtype)
     return Reference(model_dir)
 
 # %% ../../nbs/core/answering.ipynb #f1fdb984
@@ -73,14 +80,13 @@ def load_live(name: str, model_dir: str | Path, adapters: dict[str, Path] | None
 
     Raises BadInput for an unknown name, and for what cannot run here.
     """
-    kind, dtype = _kind(name)
-    if kind == "openvino":
-        if adapters:
-            raise BadInput("engine", f"{name} answers with one model, without adapters beside it", "use engine: reference, or merge the adapter")
-        from finetune_accel.core.openvino_engine import OpenVINO
-        return OpenVINO(model_dir, dtype)
-    from finetune_accel.core.rows_engine import Rows
-    return Rows(model_dir, adapters)
+    kind, _ = engine_kind(name)
+    if kind == "reference":
+        from finetune_accel.core.rows_engine import Rows
+        return Rows(model_dir, adapters)
+    if adapters:
+        raise BadInput("engine", f"{name} answers with one model, without adapters beside it", "use engine: reference, or merge the adapter")
+    return load_engine(name, model_dir)  # the others are both
 
 # %% ../../nbs/core/answering.ipynb #3060c851
 def how_answered(engine: str, models: dict[str, str | Path]) -> dict:

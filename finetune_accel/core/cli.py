@@ -20,7 +20,7 @@ from rich.table import Table
 
 from .engagement import load_engagement, phases, shipped_engagements
 from .errors import BadInput, FinetuneAccelError, GateNotMet
-from . import databricks_commands, promotion_commands
+from . import databricks_commands, monitor_commands, promotion_commands
 from .jobs import publishing
 from .pipeline import run_again, run_engagement, run_grid
 from .runs import RunFolder, resolve_run_dir
@@ -29,8 +29,8 @@ from .settings import own_fields
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
                   help="From a company's own data to a fine-tuned model that it can prove is better, serve and operate alone.")
-app.add_typer(promotion_commands.commands)
-app.add_typer(databricks_commands.commands)
+for group in (promotion_commands, databricks_commands, monitor_commands):
+    app.add_typer(group.commands)
 console = Console(force_jupyter=False)  # a command line writes text, also where a notebook tries it
 
 # %% auto #0
@@ -176,14 +176,14 @@ def prove(first: Path, again: Path) -> None:
 
 def show_run(folder: Path) -> None:
     """Print scores, verdict, and where report, MLflow and server are; raise GateNotMet if a criterion is not met."""
-    from finetune_accel.core.report import promotion_line, score_lines, verdict_sentences, write_report
+    from finetune_accel.core.report import monitor_line, promotion_line, score_lines, verdict_sentences, write_report
     from finetune_accel.core.tracking import log_report, store_uri
 
     run_folder = RunFolder(folder)
     report_path = write_report(run_folder)
     settings = next(result["settings"] for phase in phases() if (result := run_folder.result(phase.name)))
     log_report(settings["tracking_uri"], folder, report_path)
-    evaluated, trained, promoted = (run_folder.result(phase) for phase in ("evaluate", "train", "promote"))
+    evaluated, trained, promoted, monitored = (run_folder.result(phase) for phase in ("evaluate", "train", "promote", "monitor"))
     if evaluated:
         header, *lines = score_lines(evaluated["scores"])
         table = Table(*header, title=f"scores on {evaluated['scores'][0]['n']} test items, 95 % intervals")
@@ -198,6 +198,8 @@ def show_run(folder: Path) -> None:
         console.print(f"serve:  finetune-accel serve {folder}", soft_wrap=True)
     if promoted:
         console.print(promotion_line(promoted, folder), soft_wrap=True, highlight=False, markup=False)
+    if monitored:
+        console.print(monitor_line(monitored, folder), soft_wrap=True, highlight=False, markup=False)
     if evaluated and (missed := [c["criterion"] for c in evaluated["criteria"] if not c["met"]]):
         raise GateNotMet(f"criteria not met: {', '.join(missed)}. The report says by how much.")
 
@@ -224,7 +226,7 @@ Unpickle = Annotated[bool, typer.Option("--unpickle", help="let an MLflow model 
 
 @app.command()
 def serve(target: str, host: str = "127.0.0.1", port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
-          engine: Annotated[Optional[str], typer.Option(help="reference, openvino or openvino-bf16; default: what the run was proven with")] = None,
+          engine: Annotated[Optional[str], typer.Option(help="what computes the answers: reference, openvino, openvino-bf16, cuda or cuda-bf16; default: what the run was proven with")] = None,
           base: Annotated[bool, typer.Option(help="serve a run folder's base model beside it, as `base`")] = False,
           also: Annotated[list[str], typer.Option(help="NAME=TARGET: another model, asked by its name")] = [],
           adapter: Annotated[list[str], typer.Option(help="NAME=FOLDER: a LoRA adapter on TARGET, asked by its name")] = [],
@@ -250,7 +252,7 @@ def serve(target: str, host: str = "127.0.0.1", port: Annotated[int, typer.Optio
 @app.command()
 def score(source: str, model: Annotated[str, typer.Option(help="run folder, models:/name@alias or model folder")],
           out: Annotated[Path, typer.Option(help="folder of the Delta table of answers; OUT_set_aside has the rows that have none")],
-          engine: Annotated[Optional[str], typer.Option(help="reference, openvino or openvino-bf16; default: what the run was proven with")] = None,
+          engine: Annotated[Optional[str], typer.Option(help="what computes the answers: reference, openvino, openvino-bf16, cuda or cuda-bf16; default: what the run was proven with")] = None,
           max_tokens: Annotated[Optional[int], typer.Option(min=1, help="longest answer; default: as the run was evaluated")] = None,
           schema: Annotated[Optional[Path], typer.Option(help="file with the JSON schema that each answer must follow")] = None,
           constrain: Annotated[bool, typer.Option("--constrain", help="let the engine write only what the schema allows")] = False,
@@ -267,7 +269,7 @@ def score(source: str, model: Annotated[str, typer.Option(help="run folder, mode
     """Answer all rows of SOURCE (JSON lines, CSV, Parquet, Delta) with a model; the same command goes on where a stopped one ended."""
     from finetune_accel.core import score_job
     from finetune_accel.core.blocks import open_regular
-    from finetune_accel.core.following import open_feed
+    from finetune_accel.core.change_feed import open_feed
     from finetune_accel.core.readers import open_source
 
     form = score_job.form_of(model)

@@ -6,27 +6,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import NamedTuple
 
-import pyarrow as pa
-import pyarrow.compute as pc
 from deltalake import DeltaTable
 
-from .blocks import Block, in_blocks
-from .errors import BadInput
+from .change_feed import added_rows, open_feed, table_path
 from .scored import Scored
 from .scoring import Scorer
-from .tables import batch_rows, open_delta
+from .tables import open_delta
 
 # %% auto #0
-__all__ = ['VERSIONS', 'ADDED', 'OURS', 'Lag', 'table_path', 'open_feed', 'added_rows', 'written_at', 'lag', 'follow']
+__all__ = ['VERSIONS', 'Lag', 'written_at', 'lag', 'follow']
 
 # %% ../../nbs/core/following.ipynb #48b75c2d
 VERSIONS = 100  # of the source, at most, in one commit
-ADDED = ("insert", "update_postimage")
-OURS = ("_change_type", "_commit_version", "_commit_timestamp")
 
 
 class Lag(NamedTuple):
@@ -39,47 +33,6 @@ class Lag(NamedTuple):
     def __str__(self) -> str:
         behind = f"{self.latest - self.version} versions and {self.seconds:.0f} s behind" if self.latest > self.version else "nothing waits"
         return f"version {self.version} of {self.latest} is scored, {behind}"
-
-
-def table_path(source: str) -> Path:
-    """Return the folder that a source names."""
-    return Path(source.removeprefix("delta:").removeprefix("path:"))
-
-
-def open_feed(source: str) -> DeltaTable:
-    """Return a table that can be followed. Raises BadInput for one without a change feed."""
-    folder = table_path(source)
-    if not (folder / "_delta_log").is_dir():
-        raise BadInput(source, "is no Delta table, and only a table can be followed", "score it without --follow, again when there is more")
-    table = DeltaTable(folder)
-    if table.metadata().configuration.get("delta.enableChangeDataFeed", "").lower() != "true":
-        raise BadInput(source, "has no change feed, so that nobody can tell what is new",
-                       "ALTER TABLE ... SET TBLPROPERTIES (delta.enableChangeDataFeed = true)")
-    return table
-
-
-def added_rows(table: DeltaTable, name: str, first: int, last: int) -> Iterator[Block]:
-    """Yield the rows that the versions `first` to `last` added, numbered from 1 in each version; a row's place is NAME@VERSION:NUMBER.
-
-    Raises BadInput for versions that the table has forgotten (vacuumed, or its log was cleaned up).
-    """
-    numbers: dict[int, int] = {}
-    for batch in _changes(table, name, first, last):
-        batch = batch.cast(pa.schema([(field.name, pa.string() if field.type == pa.string_view() else field.type) for field in batch.schema]))
-        added = batch.filter(pc.is_in(batch["_change_type"], pa.array(ADDED)))
-        for version in sorted(added["_commit_version"].unique().to_pylist()):
-            rows = added.filter(pc.equal(added["_commit_version"], version)).drop_columns(list(OURS))
-            number = numbers.get(version, 0)
-            numbers[version] = number + rows.num_rows
-            yield from in_blocks(f"{name}@{version}", batch_rows(rows, number + 1))
-
-
-def _changes(table: DeltaTable, name: str, first: int, last: int) -> Iterator[pa.RecordBatch]:
-    try:
-        yield from pa.RecordBatchReader.from_stream(table.load_cdf(starting_version=first, ending_version=last))
-    except Exception as error:  # delta-rs has many kinds, and for a file that is gone none of its own
-        raise BadInput(f"{name}@{first}..{last}", f"the changes of these versions cannot be read ({' '.join(str(error).split())[:200]})",
-                       "score the table as it stands into a new --out with --follow, which goes on from there") from None
 
 # %% ../../nbs/core/following.ipynb #57de73ec
 def written_at(table: DeltaTable, version: int) -> float:

@@ -26,8 +26,8 @@ from .secrets import redact
 log = logging.getLogger(__name__)
 
 # %% auto #0
-__all__ = ['log', 'PAYLOAD', 'MAX_TEXT_BYTES', 'BEARER', 'APART', 'MAX_QUEUE_BYTES', 'FILES_BEFORE_COMPACTION', 'too_large',
-           'payload', 'clean_text', 'clean_json', 'clean', 'as_arrow', 'check_table', 'append', 'compact',
+__all__ = ['log', 'PAYLOAD', 'MAX_TEXT_BYTES', 'BEARER', 'FEED', 'APART', 'MAX_QUEUE_BYTES', 'FILES_BEFORE_COMPACTION',
+           'too_large', 'payload', 'clean_text', 'clean_json', 'clean', 'as_arrow', 'check_table', 'append', 'compact',
            'InferenceTable']
 
 # %% ../../nbs/core/inference_table.ipynb #a3d3657e
@@ -95,12 +95,13 @@ def as_arrow(rows: list[dict], token: str | None) -> pa.RecordBatch:
         return pa.Table.from_batches([as_arrow([row], token) for row in rows]).combine_chunks().to_batches()[0]
 
 # %% ../../nbs/core/inference_table.ipynb #eecfe8e7
+FEED = {"delta.enableChangeDataFeed": "true"}  # whoever monitors reads only what is new
 APART = PostCommitHookProperties(create_checkpoint=False, cleanup_expired_logs=False)  # from the commit
 
 
 def check_table(folder: Path) -> None:
     """Create the table if there is none. Raises ValueError if there is one with other columns, and what delta-rs raises."""
-    table = DeltaTable.create(folder, PAYLOAD, mode="ignore", partition_by=["request_date"])
+    table = DeltaTable.create(folder, PAYLOAD, mode="ignore", partition_by=["request_date"], configuration=FEED)
     found, wanted = ({(field.name, str(field.type)) for field in schema.fields} for schema in (table.schema(), Schema.from_arrow(PAYLOAD)))
     if found != wanted:
         raise ValueError(f"a table of other columns is there: {sorted(found - wanted)} instead of {sorted(wanted - found)}")

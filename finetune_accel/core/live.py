@@ -11,16 +11,16 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, Protocol
 
 from .errors import BadInput
-from .generate import Sampling, stop_ids
+from .generate import Generation, Sampling, ends_answer, finished, stop_ids
 
 # %% auto #0
-__all__ = ['log', 'STUCK_SECONDS', 'Ask', 'Token', 'Step', 'LiveEngine', 'Piece', 'Text', 'Busy', 'EngineDown', 'Worker',
-           'Stream']
+__all__ = ['log', 'STUCK_SECONDS', 'Ask', 'Token', 'Step', 'LiveEngine', 'Piece', 'Text', 'decode_all', 'answer_all', 'Busy',
+           'EngineDown', 'Worker', 'Stream']
 
 # %% ../../nbs/core/live.ipynb #6d99d719
 @dataclass(frozen=True)
@@ -139,6 +139,36 @@ class Text:
     def _show(self, end: int) -> str:
         start, self.shown = self.shown, max(self.shown, end)
         return self.known[start:self.shown]
+
+# %% ../../nbs/core/live.ipynb #00254736
+def decode_all(engine: LiveEngine, prompts: Sequence[list[int]], max_new_tokens: int, ended: Callable[[list[int]], bool], how: Sampling = Sampling(),
+               progress: Callable[[int, int], None] | None = None) -> list[tuple[list[int], bool, float]]:
+    """Return (new tokens, ended by itself, seconds since the first step) for each of `prompts`, given as token ids."""
+    started, results, going = time.perf_counter(), [([], False, 0.0) for _ in prompts], set(range(len(prompts)))
+    for row, prompt in enumerate(prompts):
+        engine.add(row, Ask(prompt, max_new_tokens, replace(how, seed=how.seed + row) if how.seed is not None else how))
+    while going:
+        before = len(going)
+        for row, tokens, finish in engine.step():
+            written, by_itself = results[row][0], finish == "stop"
+            for token in tokens:
+                written.append(token.id)
+                if ended(written):
+                    by_itself = True
+                    engine.cancel(row)
+                    break
+            results[row] = (written, by_itself, time.perf_counter() - started)
+            going -= {row} if finish or by_itself else set()
+        if progress and len(going) < before:
+            progress(len(prompts) - len(going), len(prompts))
+    return results
+
+
+def answer_all(engine: LiveEngine, prompts: Sequence[list[int]], max_new_tokens: int, ends: set[int], sampling: Sampling = Sampling(),
+               stop: list[str] | None = None, progress: Callable[[int, int], None] | None = None) -> list[Generation]:
+    """Answer all `prompts`, given as token ids, in the same order; `ends` are end tokens, texts of `stop` end an answer and are no part of it."""
+    decoded = decode_all(engine, prompts, max_new_tokens, ends_answer(engine.tokenizer, ends, stop), sampling, progress)
+    return [finished(engine.tokenizer, prompt, one, ends, stop or []) for prompt, one in zip(prompts, decoded)]
 
 # %% ../../nbs/core/live.ipynb #a79a0af5
 log = logging.getLogger(__name__)

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import itertools
 import random
-import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +19,7 @@ from . import generate
 from .choices import cpu_memory
 from .errors import BadInput
 from .generate import Generation, Prompt, Sampling
-from .live import Ask, Step, Token
+from .live import Ask, Step, Token, answer_all
 from .openvino_graph import check_able, converted
 from .template import stop_at_end_of_turn, switch_thinking_off
 
@@ -149,31 +147,7 @@ class OpenVINO:
         ids = generate.encode_all(self.model, self.tokenizer, prompts, max_new_tokens)
         for number, prompt in enumerate(ids):
             self._check_memory(prompt, max_new_tokens, f"conversation {number}")
-        decoded = self.decode(ids, max_new_tokens, generate.ends_answer(self.tokenizer, self.ends, stop), sampling, progress)
-        return [generate.finished(self.tokenizer, prompt, one, self.ends, stop or []) for prompt, one in zip(ids, decoded)]
-
-    def decode(self, prompts: list[list[int]], max_new_tokens: int, ended: Callable[[list[int]], bool],
-               how: Sampling = Sampling(),
-               progress: Callable[[int, int], None] | None = None) -> list[tuple[list[int], bool, float]]:
-        """Return (new tokens, ended by itself, seconds since the first step) for each of `prompts`, given as token ids."""
-        started, results = time.perf_counter(), [([], False, 0.0) for _ in prompts]
-        for row, prompt in enumerate(prompts):
-            own = replace(how, seed=how.seed + row) if how.seed is not None else how
-            self.add(row, Ask(prompt, max_new_tokens, own))
-        while self.handles:
-            before = len(self.handles)
-            for row, tokens, finish in self.step():
-                written, by_itself = results[row][0], finish == "stop"
-                for token in tokens:
-                    written.append(token.id)
-                    if ended(written):
-                        by_itself = True
-                        self.cancel(row)
-                        break
-                results[row] = (written, by_itself, time.perf_counter() - started)
-            if progress and len(self.handles) < before:
-                progress(len(prompts) - len(self.handles), len(prompts))
-        return results
+        return answer_all(self, ids, max_new_tokens, self.ends, sampling, stop, progress)
 
 
 def has_bfloat16() -> bool:

@@ -20,8 +20,8 @@ from .secrets import redact
 from .sources import KNOWN_PACKAGES, package_pin, scheme
 
 # %% auto #0
-__all__ = ['SYSTEMS', 'score_lines', 'verdict_sentences', 'engine_lines', 'promotion_line', 'systems_compared', 'not_shown',
-           'lineage', 'write_report']
+__all__ = ['SYSTEMS', 'score_lines', 'verdict_sentences', 'engine_lines', 'promotion_line', 'monitor_line', 'systems_compared',
+           'not_shown', 'lineage', 'write_report']
 
 # %% ../../nbs/core/report.ipynb #023e09c1
 def score_lines(scores: list[dict]) -> list[list[str]]:
@@ -87,6 +87,15 @@ def promotion_line(promoted: dict, folder: str | Path) -> str:
     if promoted["moved"] == "champion":
         return f"promote: {stands}; back: finetune-accel rollback {folder} --why ..."
     return f"promote: {stands}, all {len(promoted['checks'])} checks hold: finetune-accel promote {folder} --why ..."
+
+
+def monitor_line(monitored: dict, folder: str | Path) -> str:
+    """Return what the monitor saw, and the next command."""
+    seen = f"{monitored['metrics']['rows']} rows in {monitored['metrics']['windows']} windows, {monitored['metrics']['judged']} judged"
+    alerts = ", ".join(alert["column"] for alert in monitored["alerts"])
+    if monitored["replayed"]:
+        return f"monitor: {seen}, replayed; of the service: finetune-accel monitor {folder} --table TABLE"
+    return f"monitor: {seen}; " + (f"ALERTS: {alerts} (see {folder}/{monitored['outputs']['dashboard.html']['path']})" if alerts else "no alert holds")
 
 
 def systems_compared(scores: list[dict]) -> list[tuple[str, str]]:
@@ -165,7 +174,8 @@ def write_report(run: RunFolder) -> Path:
         table=score_lines(evaluated["scores"]) if evaluated else [], sentences=verdict_sentences(evaluated) if evaluated else [],
         benchmark=score_lines(results["benchmark"]["scores"]) if "benchmark" in results else [], folder=str(run.path),
         engines=engine_lines(results["serve"].get("engines", [])) if "serve" in results else [],
-        promotion=promotion_line(results["promote"], run.path) if "promote" in results else "")
+        promotion=promotion_line(results["promote"], run.path) if "promote" in results else "",
+        monitor=monitor_line(results["monitor"], run.path) if "monitor" in results else "")
     try:
         html = environment.from_string(template).render(facts)
     except UndefinedError as error:

@@ -26,7 +26,7 @@ from .template import stop_at_end_of_turn
 
 # %% auto #0
 __all__ = ['CHUNK', 'PREFIX_COLUMNS', 'PIECE', 'places', 'TableLayer', 'Table', 'Apart', 'read_on', 'Beginnings', 'Answer',
-           'Rows']
+           'Rows', 'answer_ends']
 
 # %% ../../nbs/core/rows_engine.ipynb #801e2b18
 CHUNK = 256  # columns by which the table grows and shrinks
@@ -206,7 +206,7 @@ class Rows:
         self.model, self.tokenizer = generate.load_plain(folder, torch.float32)
         self.adapters = Adapters(self.model, self.tokenizer, adapters or {})
         self.tokenizers = self.adapters.tokenizers
-        self.ends = {name: _ends(self.model, tokenizer) for name, tokenizer in self.tokenizers.items()}
+        self.ends = {name: answer_ends(self.model, tokenizer) for name, tokenizer in self.tokenizers.items()}
         on_cpu = self.model.device.type == "cpu"
         if on_cpu:
             generate.pack_for_cpu(self.model)
@@ -317,9 +317,9 @@ class Rows:
         for how, rows in _by_sampling(answers).items():
             generators = [generator for row in rows for generator in answers[row].generators]
             chosen |= zip(rows, generate.next_tokens(allowed[rows], how, generators))
-        return [self._note(answer, chosen[row], logits[row]) for row, answer in enumerate(answers)]
+        return [self._note(answer, chosen[row], logits, row) for row, answer in enumerate(answers)]
 
-    def _note(self, answer: Answer, token: int, logits: torch.Tensor) -> Step:
+    def _note(self, answer: Answer, token: int, logits: torch.Tensor, row: int) -> Step:
         answer.written.append(token)
         if answer.grammar:
             answer.grammar.accept(token)
@@ -328,10 +328,10 @@ class Rows:
             finish = "stop"
         elif len(answer.written) == answer.ask.max_new_tokens or answer.grammar and answer.grammar.stuck:
             finish = "length"
-        return Step(answer.number, [_with_logprobs(token, logits, answer.ask.logprobs)], finish)
+        return Step(answer.number, [_with_logprobs(token, logits, row, answer.ask.logprobs)], finish)
 
 
-def _ends(model: Any, tokenizer: Any) -> set[int]:
+def answer_ends(model: Any, tokenizer: Any) -> set[int]:
     """Return the end tokens of answers whose prompts this tokenizer writes, the model's own or an adapter's."""
     like = SimpleNamespace(generation_config=copy(model.generation_config))
     stop_at_end_of_turn(like, tokenizer)
@@ -360,10 +360,10 @@ def _masked(answers: list[Answer], logits: torch.Tensor) -> torch.Tensor:
     return logits
 
 
-def _with_logprobs(token: int, logits: torch.Tensor, wanted: int | None) -> Token:
-    """Return the token with its log-probability before temperature and grammar, and the `wanted` likeliest; None adds nothing."""
+def _with_logprobs(token: int, logits: torch.Tensor, row: int, wanted: int | None) -> Token:
+    """Return the token that row `row` of the logits (rows, vocabulary) chose, with its log-probability before temperature and grammar, and the `wanted` likeliest; None adds nothing."""
     if wanted is None:
         return Token(token)
-    logprobs = logits.log_softmax(-1)
+    logprobs = logits[row].log_softmax(-1)
     values, ids = logprobs.topk(min(wanted, len(logprobs)))
     return Token(token, logprobs[token].item(), tuple(zip(ids.tolist(), values.tolist())))

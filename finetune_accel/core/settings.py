@@ -23,9 +23,9 @@ from .secrets import SECRET_KEY_NAME, find_secret, redact
 from .sources import KNOWN_PACKAGES, TERMS, hub_revision, package_pin, scheme
 
 # %% auto #0
-__all__ = ['SafePath', 'Source', 'COMMON_FIELDS', 'RULES', 'StrictModel', 'stated', 'unkeyed', 'terms_of', 'PhaseSettings',
-           'holds_sources', 'model_inside', 'own_fields', 'explain', 'refuse_secrets', 'validate', 'parameters_cell',
-           'write_parameters_cell', 'settings_from_cell']
+__all__ = ['SafePath', 'Source', 'EngineName', 'COMMON_FIELDS', 'RULES', 'StrictModel', 'stated', 'unkeyed', 'terms_of',
+           'PhaseSettings', 'holds_sources', 'model_inside', 'own_fields', 'explain', 'refuse_secrets', 'validate',
+           'parameters_cell', 'write_parameters_cell', 'settings_from_cell']
 
 # %% ../../nbs/core/settings.ipynb #183f9032
 class StrictModel(BaseModel):
@@ -62,6 +62,7 @@ def _pinned(source: str) -> str:
 
 SafePath = Annotated[str, AfterValidator(_inside)]
 Source = Annotated[str, AfterValidator(_pinned)]  # a path, pypi:, hf: or models: source, see core.sources
+EngineName = Literal["reference", "openvino", "openvino-bf16", "cuda", "cuda-bf16"]  # what computes answers, see core.answering
 
 
 def terms_of(source: str) -> tuple[str, str] | None:

@@ -118,10 +118,13 @@ class TemplateWalker:
         return self.walk(parse_sentence(choice["in"]).expression, {}, domains), choice["out"]
 
 # %% ../../nbs/core/standins.ipynb #ea772862
-def home_intents(wheel: Path, per_template: int, seed: int) -> Iterator[dict]:
-    """Yield {prompt, response, template, intent} rows from the home-assistant-intents wheel, JSON answers in `response`."""
+def home_intents(wheel: Path, per_template: int, seed: int, language: str = "en") -> Iterator[dict]:
+    """Yield {prompt, response, template, intent} rows from the home-assistant-intents wheel, JSON answers in `response`.
+
+    The templates are those of `language`, the names of rooms and devices are English.
+    """
     with zipfile.ZipFile(wheel) as archive:
-        content = json.loads(archive.read("home_assistant_intents/data/en.json"))
+        content = json.loads(archive.read(f"home_assistant_intents/data/{language}.json"))
     for intent, body in content["intents"].items():
         for block in body["data"]:
             domains = block.get("requires_context", {}).get("domain") or ["light", "switch"]
