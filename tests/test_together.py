@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -198,15 +199,19 @@ def test_a_world_that_cannot_be_is_refused(wrong, place):
 @pytest.mark.parametrize("sharding, method", [("ddp", "lora"), ("fsdp2", "lora"), ("fsdp2", "full")])
 def test_the_phase_gives_the_same_model_with_one_and_with_two_processes(sharding, method, tmp_path):
     workspace = write_workspace(tmp_path / "w")
-    common = ("mine.yaml", "--to", "train", "--set", f"train.method={method}", "--set", "train.batch_size=2")
-    finetune_accel("run", *common, "--run-dir", workspace / "runs/one", "--set", "train.processes=1", cwd=workspace)
-    two = finetune_accel("run", *common, "--run-dir", workspace / "runs/two", "--set", "train.processes=2", "--set", f"train.sharding={sharding}", cwd=workspace)
-    assert states(two)["train"] == "done"
+    finetune_accel("run", "mine.yaml", "--run-dir", workspace / "runs/one", "--to", "prepare", cwd=workspace)
+    shutil.copytree(workspace / "runs/one", workspace / "runs/two")
+
+    def trained(name: str, *more: str) -> str:
+        return finetune_accel("run", "mine.yaml", "--run-dir", workspace / f"runs/{name}", "--from", "train", "--to", "train", "--set", f"train.method={method}",
+                              "--set", "train.batch_size=2", *(word for setting in more for word in ("--set", setting)), cwd=workspace)
+
+    trained("one", "train.processes=1")
+    assert states(trained("two", "train.processes=2", f"train.sharding={sharding}"))["train"] == "done"
     one, other = (json.loads((workspace / f"runs/{name}/train.json").read_text()) for name in ("one", "two"))
     assert one["key"] != other["key"] and other["group"]["size"] == 2 and other["group"]["sharding"] == sharding and other["manifest"]["world_size"] == 2
     folders = [workspace / "runs" / name / result["outputs"]["merged"]["path"] for name, result in (("one", one), ("two", other))]
     weights, others = (load_file(folder / "model.safetensors") for folder in folders)
     assert weights.keys() == others.keys() and all(torch.allclose(weights[name], others[name], atol=TOLERANCE) for name in weights)
     assert one["dev"] == pytest.approx(other["dev"]) and one["tokens"] == other["tokens"]
-    again = finetune_accel("run", *common, "--run-dir", workspace / "runs/two", "--set", "train.processes=2", "--set", f"train.sharding={sharding}", cwd=workspace)
-    assert states(again)["train"] == "kept"
+    assert states(trained("two", "train.processes=2", f"train.sharding={sharding}"))["train"] == "kept"
