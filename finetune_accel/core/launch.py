@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -165,7 +165,8 @@ def stopping(folder: Path, ranks: range) -> Iterator[None]:
     def ask(*_: Any) -> None:
         for rank in ranks:
             if known := read_json(folder / f"rank-{rank}.json"):
-                os.kill(known["pid"], signal.SIGTERM)
+                with suppress(ProcessLookupError):  # it has just ended
+                    os.kill(known["pid"], signal.SIGTERM)
 
     before = signal.signal(signal.SIGTERM, ask)
     try:
@@ -235,9 +236,8 @@ def run_processes(folder: Path, world: World, reporter: Any, told: Callable[[str
         deaths.append(Death(lost.how, lost.step, newest))
         said = f"process {lost.rank} of {world.size} {lost.how} at step {lost.step}"
         if after(deaths, can_shrink=False) == "give up":
-            tail = (folder / "torchrun.log").read_text()[-1500:]
             raise PhaseFailed(f"{said}, {len(deaths)} times. Fix: see {folder / 'torchrun.log'}; if memory is short, lower train.micro_batch_tokens; "
-                              f"the same command goes on from step {newest}. Its last words: {tail.strip()}")
+                              f"the same command goes on from step {newest}.")
         told(f"{said}: all are started again from " + (f"the checkpoint of step {newest}" if newest else "the beginning"))
     return read_json(folder / "result.json") | {"lost": [vars(death) for death in deaths]}
 
