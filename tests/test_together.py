@@ -134,7 +134,7 @@ def at_step(folder: Path, rank: int, step: int, action) -> threading.Thread:
 def test_a_lost_process_is_named_and_training_goes_on_exactly(number, sharding, method, lab, tmp_path, monkeypatch):
     """Faults 10 and 11: the second of two is killed, or hangs."""
     injected(monkeypatch, tmp_path, "slow=0.4")
-    monkeypatch.setenv("FINETUNE_ACCEL_SILENCE_SECONDS", "8")
+    monkeypatch.setenv("FINETUNE_ACCEL_SILENCE_SECONDS", "30")
     world, told, said = World(2, sharding=sharding), Told(), []
     plan = replace(PLANS[method], epochs=4, deterministic=True)
     undisturbed = lab.job(f"whole-{sharding}-{method}-{number}", method, world, plan)
