@@ -8,6 +8,7 @@
 # make serving  our server beside its own engines, transformers serve and mlflow models serve
 # make scoring  rows a second beside a loop over transformers' pipeline (RUN); make kills: jobs and streams killed ten times in each of four ways
 # make drift  what the monitor finds and how often it is wrong; make million: a million requests through it; make loop: from an alert to the next champion
+# make faults   kills, full disks, lost servers and broken files against real trainings and runs; results in benchmarks/faults.md (as root: it mounts small disks)
 # make gpu    on one NVIDIA GPU: speed beside TRL (and Unsloth: UNSLOTH=FOLDER), memory, exactness, FP8 and four bits on real weights
 # make many   several processes on this machine: equal to one, killed, hung; the result is benchmarks/together.txt
 # make two-gpus   on a machine with two: one beside two, ddp and fsdp2
@@ -15,7 +16,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test slow lock locked lab sync benchmark generation scale scoring kills serving drift loop million gpu many two-gpus clean
+.PHONY: demo test slow lock locked lab sync benchmark generation scale scoring kills serving drift loop million gpu many two-gpus faults clean
 
 demo: .venv/.installed
 	$(BIN)/finetune-accel run home-intents
@@ -63,6 +64,9 @@ scoring: .venv/.installed-dev
 
 kills: .venv/.installed-dev
 	$(BIN)/python -m pytest -q -s -m slow tests/test_score.py | tee benchmarks/scoring_kills.txt
+
+faults: .venv/.installed-dev
+	$(BIN)/python benchmarks/faults.py
 
 serving: .venv/.installed-dev
 	$(BIN)/python benchmarks/serving.py

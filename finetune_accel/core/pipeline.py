@@ -122,7 +122,7 @@ def execute_notebook(notebook: Path, executed: Path, parameters: dict, watch: Wa
         run_watched(lambda: papermill.execute_notebook(str(notebook), str(executed), parameters=parameters, kernel_name="python3",
                                                        progress_bar=False, config=config, kernel_manager_class=watch.manager()), watch)
 
-
+# %% ../../nbs/core/pipeline.ipynb #c7d668fc
 def execute_until_done(phase: Phase, parameters: dict, executed: Path, unfinished: Path, listener: Listener) -> None:
     """Run the phase's notebook in one kernel after the other, until one does not die. Raises PhaseFailed when that leads nowhere."""
     from nbclient.exceptions import DeadKernelError
@@ -147,7 +147,7 @@ def execute_until_done(phase: Phase, parameters: dict, executed: Path, unfinishe
                     shutil.rmtree(left, ignore_errors=True)
                 listener(phase.name, "restarted", {"said": in_words(death), **vars(death)})
 
-
+# %% ../../nbs/core/pipeline.ipynb #61cc4e86
 def execute_phase(phase: Phase, settings: PhaseSettings, folder: RunFolder, unfinished: Path, listener: Listener) -> dict:
     """Run the phase's notebook with these settings and return its result. Raises BadInput, GateNotMet, PhaseFailed or Stopped."""
     from papermill import PapermillExecutionError

@@ -88,7 +88,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, identity: dict[str, str], minutes: float = 5.0):
         self.folder, self.identity, self.pace = folder, identity, Pace(minutes)
-        self.written, self.bytes, self.seconds, self.skipped, self.resumed_at = 0, 0, 0.0, [], []
+        self.written, self.bytes, self.seconds, self.skipped, self.resumed_at, self.manifests = 0, 0, 0.0, [], [], {}
 
     def all(self) -> list[Path]:
         """Return the folders of all checkpoints, whole or not, newest first."""
@@ -141,6 +141,7 @@ class Checkpoints:
         fsync_folder(self.folder)
         for old in self.all()[KEPT:]:
             shutil.rmtree(old)
+        self.manifests = {path.name: file_digest(path / MANIFEST) for path in self.all()}
         took = time.monotonic() - started
         self.pace.saved(took)
         self.written, self.seconds, self.bytes = self.written + 1, self.seconds + took, sum(file["bytes"] for file in files.values())
@@ -152,6 +153,8 @@ class Checkpoints:
                 shutil.rmtree(old)
 
     def as_dict(self) -> dict:
-        """Return what is told of them in a result: how many, how large, the seconds they cost, from where it was resumed, what was damaged."""
-        return {"written": self.written, "bytes": self.bytes, "seconds": round(self.seconds, 3), "resumed_at": self.resumed_at,
+        """Return what is told of them in a result: how many, how large, the seconds they cost, the SHA-256 of the last ones' manifests, from
+        where it was resumed, what was damaged.
+        """
+        return {"written": self.written, "bytes": self.bytes, "seconds": round(self.seconds, 3), "manifests": self.manifests, "resumed_at": self.resumed_at,
                 "damaged": self.skipped}
