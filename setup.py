@@ -23,6 +23,6 @@ setup(
     package_dir={"finetune_accel.nbs": "nbs"},
     package_data={"finetune_accel": ["engagements/*.yaml", "*.j2", "page.html"], "finetune_accel.nbs": ["[0-9]*.ipynb"]},
     install_requires=cfg["requirements"].split(),
-    extras_require={name: cfg[f"{name}_requirements"].split() for name in ("gpu", "openvino", "spark", "sql", "dev")},
+    extras_require={name: cfg[f"{name}_requirements"].split() for name in ("gpu", "openvino", "ray", "spark", "sql", "dev")},
     entry_points={"console_scripts": cfg["console_scripts"].split(), "finetune_accel.validators": cfg["validators"].split()},
 )

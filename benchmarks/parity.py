@@ -1,12 +1,13 @@
 """Every engine on the whole test set of a finished run, through the server: equal answers, effect on the criteria, speed.
 
-    finetune-accel run home-intents && python benchmarks/parity.py runs/home-intents
+    finetune-accel run home-intents && python benchmarks/parity.py runs/home-intents            (all engines)
+    python benchmarks/parity.py runs/home-intents vllm vllm-bf16                                 (these)
 
 The serve phase stops at the first engine that is let in and asks the rows that evaluate asked; here all are tried on all test rows. Each
 engine is started as `finetune-accel serve RUN_DIR --engine NAME` and asked by 16 callers at a time; what it answers is compared with the
 reference engine (`core.generate`, float32, in this process), character for character. The test split is opened once more, and that is
 written down.
-Writes benchmarks/parity.json and prints the table.
+Writes benchmarks/parity.json, or parity_NAME.json after the first of the engines that are named, and prints the table.
 """
 from __future__ import annotations
 
@@ -43,6 +44,7 @@ def line(found: dict) -> str:
 
 def main() -> None:
     """Try each engine on all test rows of the run folder that is named."""
+    engines, here = sys.argv[2:] or ENGINES, Path(__file__)
     run = RunFolder(Path(sys.argv[1]).absolute())
     evaluated, model, merged = run.need("evaluate"), run.need("train")["outputs"]["merged"]["sha256"], run.output("train/merged")
     criteria = [Criterion(**one) for one in json.loads(run.output("plan/criteria.json").read_text())]
@@ -53,7 +55,7 @@ def main() -> None:
     reference = ask(merged, [row["messages"] for row in rows], rows, "reference", str(merged), form["approach"], kept).texts
     tried = []
     with tempfile.TemporaryDirectory() as logs:
-        for engine in ENGINES:
+        for engine in engines:
             judge = partial(judge_engine, engine, rows, reference, criteria=criteria, approach=form["approach"], seed=seed)
             found = try_engine(engine, run.path, rows, limit, form["system_prompt"], judge, Path(logs) / engine, 300)
             answers = found.pop("answers", [])
@@ -64,7 +66,7 @@ def main() -> None:
             print(line(found), flush=True)
     facts = {"engagement": run.need("plan")["settings"]["name"], "model": model, "rows": {"asked": len(rows), "sha256": rows_digest(rows)},
              "at_once": AT_ONCE, "engines": tried, "versions": engine_versions(), "machine": machine()}
-    Path(__file__).with_suffix(".json").write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
+    here.with_name(f"parity_{engines[0]}.json" if sys.argv[2:] else "parity.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
     print("\n".join(["", HEADER, "|" + "---|" * 7, *map(line, tried)]))
 
 

@@ -1,6 +1,7 @@
 """Fast engines against the reference: the same prompts, the same greedy tokens, the same refusals."""
 
 import pytest
+import torch
 from tiny import tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, MistralForCausalLM
 
@@ -165,3 +166,25 @@ def test_the_server_answers_by_the_engine_it_is_given(openvino, reference, folde
     with TestClient(create_app(load_models(str(folder), engine="openvino"))) as http:
         said = http.post("/v1/chat/completions", json={"messages": ASKED[3], "max_tokens": 12, "temperature": 0}).json()
     assert said["choices"][0]["message"]["content"] == reference.generate(ASKED[3:4], 12)[0].text
+
+
+def test_recorded_steps_answer_as_the_reference(reference, folder):
+    """What the engine cuda does, unrecorded: slots, padding and pieces are the same on a machine without a GPU."""
+    from finetune_accel.core.cuda_engine import Recorded
+
+    engine, stop = Recorded(folder), ["86", "light"]
+    for asked in (told(""), told(TOLD)):
+        assert plain(engine.generate(asked, 24)) == plain(reference.generate(asked, 24))
+    assert plain(engine.generate(ASKED, 24, stop=stop)) == plain(reference.generate(ASKED, 24, stop=stop))
+    drawn = [engine.generate(ASKED[:3], 12, Sampling(temperature=1.0, seed=seed)) for seed in (5, 5, 6)]
+    assert plain(drawn[0]) == plain(drawn[1]) != plain(drawn[2])
+    engine.steps.budget = 40
+    with pytest.raises(BadInput, match="conversation 0: .* pass the 40 whose keys and values fit the GPU's memory"):
+        engine.generate(told(TOLD)[:1], 24)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_missing_gpu_is_said_before_anything_is_loaded(tmp_path):
+    for load in (answering.load_engine, answering.load_live):
+        with pytest.raises(BadInput, match="cuda-bf16 needs an NVIDIA GPU"):
+            load("cuda-bf16", tmp_path / "nothing")

@@ -211,7 +211,8 @@ def test_labels_make_the_quality_seen_and_training_due(tmp_path):
 # --- the phase and the command ---
 
 def test_the_phase_replays_and_the_page_opens_offline(finished):
-    folder, _ = finished
+    folder, output = finished
+    assert "monitor:" in output
     result = json.loads((folder / "runs/mine/monitor.json").read_text())
     assert result["replayed"] and result["alerts"] == [] and result["account"].get("in", 0) == result["metrics"]["rows"]
     outputs = {name: folder / "runs/mine" / one["path"] for name, one in result["outputs"].items()}

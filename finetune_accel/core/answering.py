@@ -50,11 +50,11 @@ class Reference:
         return generate.generate(self.model, self.tokenizer, prompts, max_new_tokens, sampling=sampling, stop=stop, progress=progress)
 
 # %% ../../nbs/core/answering.ipynb #4549e0ed
-ENGINES = get_args(EngineName)  # float32 with torch; OpenVINO GenAI on a CPU and CUDA graphs on a GPU, each in float32 and in bfloat16
+ENGINES = get_args(EngineName)  # float32 with torch; OpenVINO GenAI on a CPU, CUDA graphs on a GPU and vLLM, each in float32 and in bfloat16
 
 
 def engine_kind(name: str) -> tuple[str, str]:
-    """Return (reference, openvino or cuda, dtype) of an engine's name. Raises BadInput for an unknown one, and without the GPU that it needs."""
+    """Return (reference, openvino, cuda or vllm; dtype) of an engine's name. Raises BadInput for an unknown one, and without the GPU that it needs."""
     if name not in ENGINES:
         raise BadInput("engine", f"there is no engine {name!r}", f"use one of: {', '.join(ENGINES)}")
     kind, _, half = name.partition("-")
@@ -72,6 +72,9 @@ def load_engine(name: str, model_dir: str | Path) -> Engine:
     if kind == "cuda":
         from finetune_accel.core.cuda_engine import Recorded
         return Recorded(model_dir, dtype)
+    if kind == "vllm":
+        from finetune_accel.core.vllm_engine import VLLM
+        return VLLM(model_dir, dtype)
     return Reference(model_dir)
 
 # %% ../../nbs/core/answering.ipynb #f1fdb984

@@ -34,8 +34,8 @@ for group in (promotion_commands, databricks_commands, monitor_commands):
 console = Console(force_jupyter=False)  # a command line writes text, also where a notebook tries it
 
 # %% auto #0
-__all__ = ['app', 'console', 'Overrides', 'RunDir', 'Unpickle', 'init', 'check', 'validate_file', 'list_phases', 'doctor',
-           'Screen', 'run', 'show_grid', 'prove', 'show_run', 'report', 'serve', 'score', 'endpoint', 'main']
+__all__ = ['app', 'console', 'Overrides', 'RunDir', 'Engine', 'Unpickle', 'init', 'check', 'validate_file', 'list_phases',
+           'doctor', 'Screen', 'run', 'show_grid', 'prove', 'show_run', 'report', 'serve', 'score', 'endpoint', 'main']
 
 # %% ../../nbs/core/cli.ipynb #bfc8f08e
 @app.command()
@@ -220,13 +220,15 @@ def _named(pairs: list[str], option: str) -> dict[str, str]:
     return dict(pair.split("=", 1) for pair in pairs)
 
 
+Engine = Annotated[Optional[str], typer.Option(help="what computes the answers: reference, openvino, openvino-bf16, cuda, cuda-bf16, vllm or "
+                                                    "vllm-bf16; default: what the run was proven with")]
 Unpickle = Annotated[bool, typer.Option("--unpickle", help="let an MLflow model of another kind run its own code on loading (a pickle does): say it "
                                                            "only of a version whose signer you trust")]
 
 
 @app.command()
 def serve(target: str, host: str = "127.0.0.1", port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
-          engine: Annotated[Optional[str], typer.Option(help="what computes the answers: reference, openvino, openvino-bf16, cuda or cuda-bf16; default: what the run was proven with")] = None,
+          engine: Engine = None,
           base: Annotated[bool, typer.Option(help="serve a run folder's base model beside it, as `base`")] = False,
           also: Annotated[list[str], typer.Option(help="NAME=TARGET: another model, asked by its name")] = [],
           adapter: Annotated[list[str], typer.Option(help="NAME=FOLDER: a LoRA adapter on TARGET, asked by its name")] = [],
@@ -252,7 +254,7 @@ def serve(target: str, host: str = "127.0.0.1", port: Annotated[int, typer.Optio
 @app.command()
 def score(source: str, model: Annotated[str, typer.Option(help="run folder, models:/name@alias or model folder")],
           out: Annotated[Path, typer.Option(help="folder of the Delta table of answers; OUT_set_aside has the rows that have none")],
-          engine: Annotated[Optional[str], typer.Option(help="what computes the answers: reference, openvino, openvino-bf16, cuda or cuda-bf16; default: what the run was proven with")] = None,
+          engine: Engine = None,
           max_tokens: Annotated[Optional[int], typer.Option(min=1, help="longest answer; default: as the run was evaluated")] = None,
           schema: Annotated[Optional[Path], typer.Option(help="file with the JSON schema that each answer must follow")] = None,
           constrain: Annotated[bool, typer.Option("--constrain", help="let the engine write only what the schema allows")] = False,
@@ -264,7 +266,8 @@ def score(source: str, model: Annotated[str, typer.Option(help="run folder, mode
           dry_run: Annotated[bool, typer.Option("--dry-run", help="say what it would take, and write nothing")] = False,
           follow: Annotated[bool, typer.Option("--follow", help="go on with what is added to the table SOURCE, until stopped")] = False,
           spark: Annotated[bool, typer.Option("--spark", help="let Spark's workers ask; SOURCE is Parquet")] = False,
-          workers: Annotated[int, typer.Option(min=1, help="of Spark, each with a model in memory")] = 1,
+          ray: Annotated[bool, typer.Option("--ray", help="let Ray's workers ask, on a GPU each where there are some; SOURCE is Parquet")] = False,
+          workers: Annotated[int, typer.Option(min=1, help="of Spark or Ray, each with a model in memory")] = 1,
           checkpoint: Annotated[Optional[Path], typer.Option(help="folder by which a Spark stream goes on; needed for --spark --follow")] = None) -> None:
     """Answer all rows of SOURCE (JSON lines, CSV, Parquet, Delta) with a model; the same command goes on where a stopped one ended."""
     from finetune_accel.core import score_job
@@ -278,10 +281,13 @@ def score(source: str, model: Annotated[str, typer.Option(help="run folder, mode
         wanted = _json_object(file.read(), str(schema)) if schema else None
     job = score_job.job_for(source, model, out, form=form, max_tokens=max_tokens, json_schema=wanted, constrain=constrain, engine=engine,
                             token_cap=token_cap, machine_hour=machine_hour, trusted=unpickle)
-    if spark:
+    if ray and (spark or follow):
+        raise BadInput("--ray", "scores what is there, once", "leave out --spark and --follow, or take --spark --follow")
+    if spark or ray:
         if follow and not checkpoint:
             raise BadInput("--checkpoint", "is needed to follow a source in Spark", "give --checkpoint FOLDER, which the next start goes on by")
-        counts = score_job.spark_job(job, workers, lambda counts: console.print(f"{counts.rows:,} rows, {counts.set_aside:,} set aside"), checkpoint)
+        told = lambda counts: console.print(f"{counts.rows:,} rows, {counts.set_aside:,} set aside")  # noqa: E731
+        counts = score_job.ray_job(job, workers, told) if ray else score_job.spark_job(job, workers, told, checkpoint)
     else:
         open_feed(source) if follow else open_source(source)  # what cannot be read is said before a model is loaded
         with closing(job.predictor()) as predictor:

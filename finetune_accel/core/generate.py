@@ -11,26 +11,42 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Optional
 
 import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer
 
 from .errors import BadInput
-from .model_folders import check_loaded, check_model_folder, check_parameters, tensor_sizes, weight_files
+from .model_folders import check_loaded, check_model_folder, check_parameters, check_vocabulary, tensor_sizes, weight_files
 from .template import ControlTokens, control_tokens, plain_template, stop_at_end_of_turn, switch_thinking_off
 
 # %% auto #0
-__all__ = ['BATCH_SIZE', 'Prompt', 'WORTH_SHARING', 'SHARED', 'TOKENS_IN_FLIGHT', 'ON_GPU', 'LONGEST_TOKEN', 'load_plain',
-           'pack_for_cpu', 'load', 'ready_for_messages', 'encode', 'context_length', 'stop_ids', 'common_prefix',
-           'attend_shared', 'RoomyLayer', 'plain_layers', 'Sampling', 'next_tokens', 'left_padded', 'forward',
-           'Generation', 'inference', 'in_batches', 'check_length', 'check_room', 'encode_all', 'ends_answer',
-           'finished', 'generate']
+__all__ = ['BATCH_SIZE', 'OFFLINE', 'Prompt', 'WORTH_SHARING', 'SHARED', 'TOKENS_IN_FLIGHT', 'ON_GPU', 'LONGEST_TOKEN',
+           'load_plain', 'load_described', 'pack_for_cpu', 'load', 'ready_for_messages', 'encode', 'context_length',
+           'stop_ids', 'common_prefix', 'attend_shared', 'RoomyLayer', 'plain_layers', 'Sampling', 'next_tokens',
+           'left_padded', 'forward', 'Generation', 'inference', 'in_batches', 'check_length', 'check_room',
+           'encode_all', 'ends_answer', 'finished', 'generate']
 
 # %% ../../nbs/core/generate.ipynb #4c7ff5cc
 BATCH_SIZE = 32
+OFFLINE = {"trust_remote_code": False, "local_files_only": True}
+
+
+@contextmanager
+def _loading(place: str) -> Iterator[None]:
+    """Say what transformers, safetensors and the tokenizer raise about a folder that is not whole as BadInput."""
+    try:
+        yield
+    except (BadInput, MemoryError, torch.OutOfMemoryError):
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of the tokenizer, in Rust
+            raise
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0][:500]
+        raise BadInput(place, f"cannot be loaded ({why})", "use a folder with config.json, *.safetensors and tokenizer files") from error
 
 
 def load_plain(model_dir: str | Path, dtype: torch.dtype) -> tuple[Any, Any]:
@@ -39,22 +55,28 @@ def load_plain(model_dir: str | Path, dtype: torch.dtype) -> tuple[Any, Any]:
     Raises BadInput for a folder that is not safe to load (`core.model_folders`), is not whole, or contradicts itself.
     """
     place, folder = str(model_dir), check_model_folder(Path(model_dir))
-    offline = {"trust_remote_code": False, "local_files_only": True}
-    try:
-        check_parameters(place, AutoConfig.from_pretrained(folder, **offline), tensor_sizes(weight_files(folder)))
-        tokenizer = AutoTokenizer.from_pretrained(folder, **offline)
+    with _loading(place):
+        check_parameters(place, AutoConfig.from_pretrained(folder, **OFFLINE), tensor_sizes(weight_files(folder)))
+        tokenizer = AutoTokenizer.from_pretrained(folder, **OFFLINE)
         model, found = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True, attn_implementation="sdpa",
-                                                            output_loading_info=True, ignore_mismatched_sizes=True, **offline)
+                                                            output_loading_info=True, ignore_mismatched_sizes=True, **OFFLINE)
         check_loaded(place, model, tokenizer, found)
         stop_at_end_of_turn(model, switch_thinking_off(tokenizer))
-    except (BadInput, MemoryError, torch.OutOfMemoryError):
-        raise
-    except BaseException as error:  # the libraries raise what they like about a folder that is not whole
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of the tokenizer, in Rust
-            raise
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0][:500]
-        raise BadInput(place, f"cannot be loaded ({why})", "use a folder with config.json, *.safetensors and tokenizer files") from error
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
+
+
+def load_described(model_dir: str | Path) -> tuple[Any, Any]:
+    """Return (config and generation_config as a model has them, tokenizer) of a folder whose weights another program reads. Raises BadInput."""
+    place, folder = str(model_dir), check_model_folder(Path(model_dir))
+    with _loading(place):
+        config, tokenizer = AutoConfig.from_pretrained(folder, **OFFLINE), AutoTokenizer.from_pretrained(folder, **OFFLINE)
+        check_parameters(place, config, tensor_sizes(weight_files(folder)))
+        check_vocabulary(place, tokenizer, config.get_text_config().vocab_size)
+        own = (folder / "generation_config.json").is_file()
+        model = SimpleNamespace(config=config, generation_config=GenerationConfig.from_pretrained(folder, local_files_only=True) if own
+                                else GenerationConfig.from_model_config(config))
+        stop_at_end_of_turn(model, switch_thinking_off(tokenizer))
+    return model, tokenizer
 
 # %% ../../nbs/core/generate.ipynb #570aa2ff
 def _packed_linear(weight: torch.Tensor, bias: Optional[torch.Tensor], inputs: torch.Tensor) -> torch.Tensor:

@@ -23,7 +23,7 @@ from .monitor_tables import DRIFT, GRANULARITIES, PROFILE, WINDOW, Cell, drift_r
 from .permutation import Signal, compare, telling_words
 from .sketches import ColumnCounts, words
 from .watched import LABELLED, Column
-from .window_counts import Read, WindowCounts
+from .window_counts import Read, WindowCounts, tidy
 
 
 class Job(NamedTuple):
@@ -83,6 +83,7 @@ def replace_windows(folder: Path, schema: pa.Schema, rows: Sequence[dict], start
         return
     listed = ", ".join(f"arrow_cast('{start.astimezone(timezone.utc).isoformat()}', 'Timestamp(Microsecond, Some(\"UTC\"))')" for start in starts)
     write_deltalake(folder, content, mode="overwrite", predicate=f"window['start'] IN ({listed})")
+    tidy(folder)
 
 
 def read_table(folder: Path, columns: Optional[list[str]] = None) -> list[dict]:

@@ -9,11 +9,9 @@ import itertools
 import random
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from . import generate
 from .choices import cpu_memory
@@ -21,7 +19,6 @@ from .errors import BadInput
 from .generate import Generation, Prompt, Sampling
 from .live import Ask, Step, Token, answer_all
 from .openvino_graph import check_able, converted
-from .template import stop_at_end_of_turn, switch_thinking_off
 
 # %% auto #0
 __all__ = ['ROWS', 'PROMPT_TOKENS', 'BLOCK', 'COLDEST', 'NARROWEST', 'PRECISE', 'HALF', 'kv_blocks', 'OpenVINO', 'has_bfloat16']
@@ -81,10 +78,7 @@ class OpenVINO:
         if dtype == "bfloat16" and not has_bfloat16():
             raise BadInput("engine", "openvino-bf16 needs a processor with bfloat16 instructions", "take the engine `openvino`")
         folder = converted(Path(model_dir))
-        self.tokenizer = AutoTokenizer.from_pretrained(model_dir, trust_remote_code=False, local_files_only=True)
-        self.model = SimpleNamespace(config=AutoConfig.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False),
-                                     generation_config=_generation_config(model_dir))
-        stop_at_end_of_turn(self.model, switch_thinking_off(self.tokenizer))
+        self.model, self.tokenizer = generate.load_described(model_dir)
         self.ends = generate.stop_ids(self.model, self.tokenizer)
         blocks = kv_blocks(folder, dtype, generate.context_length(self.model))
         self.room = blocks * BLOCK  # tokens of one answer and its prompt
@@ -155,10 +149,3 @@ def has_bfloat16() -> bool:
     import openvino
 
     return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-
-
-def _generation_config(model_dir: str | Path) -> GenerationConfig:
-    """Return the folder's generation config, or what its config.json says where it has none."""
-    if (Path(model_dir) / "generation_config.json").is_file():
-        return GenerationConfig.from_pretrained(model_dir, local_files_only=True)
-    return GenerationConfig.from_model_config(AutoConfig.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False))

@@ -271,6 +271,10 @@ def engine_versions() -> dict[str, str]:
             found[library] = version(library)
         except PackageNotFoundError:
             pass
+    if python := os.environ.get("FINETUNE_ACCEL_VLLM_PYTHON"):
+        from finetune_accel.core.vllm_engine import vllm_version  # here: it imports torch
+
+        found["vllm"] = vllm_version(python) or "none"
     return found
 
 

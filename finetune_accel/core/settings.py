@@ -62,7 +62,7 @@ def _pinned(source: str) -> str:
 
 SafePath = Annotated[str, AfterValidator(_inside)]
 Source = Annotated[str, AfterValidator(_pinned)]  # a path, pypi:, hf: or models: source, see core.sources
-EngineName = Literal["reference", "openvino", "openvino-bf16", "cuda", "cuda-bf16"]  # what computes answers, see core.answering
+EngineName = Literal["reference", "openvino", "openvino-bf16", "cuda", "cuda-bf16", "vllm", "vllm-bf16"]  # what computes answers, see core.answering
 
 
 def terms_of(source: str) -> tuple[str, str] | None:

@@ -5,147 +5,39 @@
 # %% ../../nbs/core/spark_scoring.ipynb #99bbc4ee
 from __future__ import annotations
 
-import functools
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import pyarrow as pa
 
-from .blocks import in_blocks
 from .engines import spark_session
-from .formats import Form
-from .requests import TableParameters
-from .scored import SCORED, SET_ASIDE, Ids, Scored
-from .scoring import Counts, Scorer
-from .tables import batch_rows
+from .scored import Ids, Scored
+from .scoring import Counts
+from .worker_scoring import FOUND, WorkerJob, answer_batches, append_found, chunks
 
 # %% auto #0
-__all__ = ['FOUND', 'CHUNK_ROWS', 'SPARK_TYPES', 'PLACES', 'FILES_A_BATCH', 'SparkJob', 'Found', 'answer_batches', 'append_found',
-           'chunks', 'score_in_spark', 'follow_in_spark']
-
-# %% ../../nbs/core/spark_scoring.ipynb #43cfa004
-FOUND = pa.schema([*SCORED, pa.field("place", pa.string()), pa.field("rule", pa.string()), pa.field("detail", pa.string()),
-                   pa.field("fix", pa.string())])  # a row with, where it is set aside, the reason
-CHUNK_ROWS = 20_000  # of a batch job, between two commits
-
-
-@dataclass(frozen=True)
-class SparkJob:
-    """All that a worker needs; travels to it. `target` must be readable there (a Volume, `models:/name/3`)."""
-
-    target: str
-    engine: Optional[str]
-    params: TableParameters
-    form: Form
-    json_schema: Optional[dict]
-    names: dict[str, str]  # path -> name of a file
-    trusted: bool = False
-
-
-class Found:
-    """A worker's tables: in memory, until they are sent to the driver."""
-
-    tokens = 0
-
-    def __init__(self, ids: Any):
-        self.ids, self.rows = ids, []
-
-    def append(self, rows: list[dict], aside: list[dict], come_to: tuple[str, int] | None = None) -> None:
-        """Keep `rows` with the reasons of those in `aside`."""
-        reasons = {row["id"]: row for row in aside}
-        self.rows += [{**row, **{key: reasons.get(row["id"], {}).get(key) for key in ("place", "rule", "detail", "fix")}} for row in rows]
-
-    def take(self) -> pa.RecordBatch:
-        """Return what was found since the last time."""
-        found, self.rows = pa.RecordBatch.from_pylist(self.rows, schema=FOUND), []
-        return found
-
-
-@functools.cache
-def _predictor(target: str, engine: Optional[str], params: str, trusted: bool) -> Any:
-    """Return the model of a worker's process, loaded once."""
-    from finetune_accel.core.predictor import predictor_for
-
-    return predictor_for(target, engine, TableParameters.model_validate_json(params), trusted)
-
-
-def _blocks(batches: Iterator[pa.RecordBatch], names: dict[str, str]) -> Iterator[Any]:
-    """Yield blocks of the rows of Spark's batches, which have `__file` and `__row` beside the source's columns."""
-    from urllib.parse import unquote
-
-    for batch in batches:
-        paths, numbers = batch["__file"].to_pylist(), batch["__row"].to_pylist()
-        rows = batch.drop_columns(["__file", "__row"])
-        for (_, row, size), path, number in zip(batch_rows(rows, 0), paths, numbers):
-            path = unquote(path).removeprefix("file:")
-            yield from in_blocks(names.get(path) or Path(path).name, [(number + 1, row, size)])
-
-
-def answer_batches(batches: Iterator[pa.RecordBatch], job: SparkJob, known: Any) -> Iterator[pa.RecordBatch]:
-    """Answer Spark's batches of rows: this runs in a worker. `known` are ids that are not asked."""
-    found = Found(known)
-    Scorer(_predictor(job.target, job.engine, job.params.model_dump_json(), job.trusted), job.form, found, job.json_schema).score(_blocks(batches, job.names))
-    yield found.take()
+__all__ = ['CHUNK_ROWS', 'SPARK_TYPES', 'PLACES', 'FILES_A_BATCH', 'score_in_spark', 'follow_in_spark']
 
 # %% ../../nbs/core/spark_scoring.ipynb #b105dd9d
-def append_found(scored: Scored, found: pa.Table, come_to: tuple[str, int] | None = None) -> Counts:
-    """Append what workers found, each id once, and return what it was."""
-    counts, rows, aside, taken = Counts(), [], [], set()
-    for row in found.sort_by([("source", "ascending"), ("row_number", "ascending")]).to_pylist():
-        counts.rows += 1
-        if row["id"] in taken or row["id"] in scored.ids:
-            counts.known += 1
-            continue
-        taken.add(row["id"])
-        counts.prompt_tokens += row["prompt_tokens"] or 0
-        counts.completion_tokens += row["completion_tokens"] or 0
-        if row["rule"]:
-            counts.set_aside += 1
-            counts.rules[row["rule"]] += 1
-            aside.append({key: row[key] for key in SET_ASIDE.names})
-        else:
-            counts.answered += 1
-        rows.append({key: row[key] for key in SCORED.names})
-    if rows or come_to:
-        scored.append(rows, aside, come_to)
-    return counts
+CHUNK_ROWS = 20_000  # of a batch job, between two commits
+SPARK_TYPES = {"string": "string", "int64": "bigint", "int32": "int", "timestamp[us, tz=UTC]": "timestamp"}
+PLACES = ("*", "_metadata.file_path as __file", "_metadata.row_index as __row")
 
 
-def _answered(frame: Any, job: SparkJob, known: Ids, workers: int) -> pa.Table:
+def _answered(frame: Any, job: WorkerJob, known: Ids, workers: int) -> pa.Table:
     """Answer a frame of rows with `__file` and `__row` on up to `workers` workers at a time."""
     schema = ", ".join(f"`{field.name}` {SPARK_TYPES[str(field.type)]}" for field in FOUND)
     return frame.repartition(workers).mapInArrow(lambda batches: answer_batches(batches, job, known), schema).toArrow().cast(FOUND)
 
 
-SPARK_TYPES = {"string": "string", "int64": "bigint", "int32": "int", "timestamp[us, tz=UTC]": "timestamp"}
-PLACES = ("*", "_metadata.file_path as __file", "_metadata.row_index as __row")
-
-
-def chunks(files: list[str], rows: list[int]) -> Iterator[tuple[list[str], int, int]]:
-    """Yield (files, first row, end) of at most CHUNK_ROWS rows each: many small files together, or a part of a large one."""
-    small: list[str] = []
-    held = 0
-    for file, count in zip(files, rows):
-        if count > CHUNK_ROWS:
-            yield from (([file], first, min(first + CHUNK_ROWS, count)) for first in range(0, count, CHUNK_ROWS))
-            continue
-        if held + count > CHUNK_ROWS:
-            yield small, 0, CHUNK_ROWS
-            small, held = [], 0
-        small, held = [*small, file], held + count
-    if small:
-        yield small, 0, CHUNK_ROWS
-
-
-def score_in_spark(files: list[tuple[str, str]], job: SparkJob, scored: Scored, workers: int, told: Callable[[Counts], None]) -> None:
+def score_in_spark(files: list[tuple[str, str]], job: WorkerJob, scored: Scored, workers: int, told: Callable[[Counts], None]) -> None:
     """Score Parquet `files`, (name for people, path), a chunk after the other; `told` hears the counts of each."""
     import pyarrow.parquet as pq
 
     spark, paths = spark_session(), [path for _, path in files]
-    for chosen, first, end in chunks(paths, [pq.read_metadata(path).num_rows for path in paths]):
+    for chosen, first, end in chunks(paths, [pq.read_metadata(path).num_rows for path in paths], CHUNK_ROWS):
         frame = spark.read.option("mergeSchema", "true").parquet(*chosen).selectExpr(*PLACES).where(f"__row >= {first} and __row < {end}")
         told(append_found(scored, _answered(frame, job, scored.ids, workers)))
 
@@ -153,7 +45,7 @@ def score_in_spark(files: list[tuple[str, str]], job: SparkJob, scored: Scored, 
 FILES_A_BATCH = 8
 
 
-def follow_in_spark(folder: Path, job: SparkJob, scored: Scored, checkpoint: Path, workers: int, told: Callable[[int, Counts], None]) -> Any:
+def follow_in_spark(folder: Path, job: WorkerJob, scored: Scored, checkpoint: Path, workers: int, told: Callable[[int, Counts], None]) -> Any:
     """Start to score the Parquet files of `folder` and those that are added; return Spark's StreamingQuery. `told` hears each batch's counts.
 
     A column that is added to the files is read after the next start, as Spark fixes a stream's columns when it starts.

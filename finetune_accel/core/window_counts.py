@@ -28,8 +28,8 @@ from .traffic import exchanges
 from .watched import LABELLED, Column, View
 
 # %% auto #0
-__all__ = ['TYPES', 'GIVEN', 'SAMPLE_COLUMN', 'ACCOUNT_COLUMN', 'COUNTS', 'ASIDE', 'MOST_ASIDE', 'unlabelled', 'unpacked_schema',
-           'unpacked_row', 'Reading', 'Read', 'WindowCounts']
+__all__ = ['TYPES', 'GIVEN', 'SAMPLE_COLUMN', 'ACCOUNT_COLUMN', 'COUNTS', 'ASIDE', 'MOST_ASIDE', 'MOST_FILES', 'unlabelled',
+           'unpacked_schema', 'unpacked_row', 'Reading', 'tidy', 'Read', 'WindowCounts']
 
 # %% ../../nbs/core/window_counts.ipynb #316b8414
 TYPES = {"number": pa.float64(), "share": pa.bool_(), "category": pa.string(), "text": pa.string()}
@@ -108,7 +108,18 @@ class Reading:
         return [*(line(*cell, counts.count + counts.nulls, counts.as_dict()) for cell, counts in self.cells.items()), *samples,
                 line(None, None, ACCOUNT_COLUMN, self.account["in"], dict(self.account))]
 
-# %% ../../nbs/core/window_counts.ipynb #498e8e60
+# %% ../../nbs/core/window_counts.ipynb #34ed00d5
+MOST_FILES = 100  # of a table, before they are joined
+
+
+def tidy(folder: Path) -> None:
+    """Join the small files of one of our tables, if there are many. What was joined stays on disk until somebody calls `vacuum`."""
+    table = DeltaTable(folder)
+    if len(table.file_uris()) > MOST_FILES:
+        table.optimize.compact(target_size=64 << 20, max_concurrent_tasks=1)
+        table.create_checkpoint()
+
+
 class Read(NamedTuple):
     """What one reading did: up to which version of the source, and the account of its rows."""
 
@@ -161,6 +172,8 @@ class WindowCounts:
             aside = [{"version": version, **row} for row in reading.set_aside]
             write_deltalake(self.aside, pa.Table.from_pylist(aside, schema=ASIDE), mode="append")
         write_deltalake(self.counts, pa.Table.from_pylist(reading.as_rows(version), schema=COUNTS), mode="append", commit_properties=marks)
+        for path in (self.unpacked, self.counts):
+            tidy(path)
 
     def _rows(self, columns: list[str], wanted: pc.Expression) -> Iterator[dict]:
         for batch in DeltaTable(self.counts).to_pyarrow_dataset().to_batches(columns=columns, filter=wanted):
