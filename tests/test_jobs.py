@@ -4,7 +4,6 @@ from __future__ import annotations
 import copy
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import yaml
@@ -67,7 +66,6 @@ def test_a_machine_goes_on_from_what_another_published(tmp_path):
 AIR = """
 import sys, yaml
 from cli.run_config import _validate_runtime_version, _validate_yaml_structure
-from pathlib import Path
 for name in sys.argv[1:]:
     config = _validate_yaml_structure(yaml.safe_load(Path(name).read_text()), Path(name))
     print(config.compute.accelerator_type, config.compute.num_accelerators, _validate_runtime_version(config.environment.version, name))

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -85,7 +86,9 @@ def test_two_processes_equal_one(sharding, method, lab):
         assert outcome["group"]["of_this_process"] == pytest.approx(outcome["group"]["elements"] / 2, rel=0.02)
     assert weights.keys() == alone.keys()
     largest = max(weight.abs().max().item() for weight in alone.values())
-    assert max((weights[name] - alone[name]).abs().max().item() for name in alone) <= TOLERANCE * largest
+    apart = max((weights[name] - alone[name]).abs().max().item() for name in alone) / largest
+    print(f"two processes, {sharding}, {method}: {len(weights)} weights, {result.steps} steps, at most {apart:.1e} of the largest weight apart from one process")
+    assert apart <= TOLERANCE
     moved = load_plain(lab.model, torch.float32)[0].state_dict() if method == "full" else {name: torch.zeros_like(w) for name, w in alone.items() if "lora_B" in name}
     assert max((alone[name] - moved[name]).abs().max().item() for name in moved if name in alone) > 100 * TOLERANCE * largest  # there was something to differ in
     assert outcome["result"]["tokens"] == result.tokens and outcome["result"]["supervised_tokens"] == result.supervised_tokens
@@ -131,7 +134,7 @@ def at_step(folder: Path, rank: int, step: int, action) -> threading.Thread:
 def test_a_lost_process_is_named_and_training_goes_on_exactly(number, sharding, method, lab, tmp_path, monkeypatch):
     """Faults 10 and 11: the second of two is killed, or hangs."""
     injected(monkeypatch, tmp_path, "slow=0.4")
-    monkeypatch.setenv("FINETUNE_ACCEL_SILENCE_SECONDS", "8")
+    monkeypatch.setenv("FINETUNE_ACCEL_SILENCE_SECONDS", "30")
     world, told, said = World(2, sharding=sharding), Told(), []
     plan = replace(PLANS[method], epochs=4, deterministic=True)
     undisturbed = lab.job(f"whole-{sharding}-{method}-{number}", method, world, plan)
@@ -140,6 +143,7 @@ def test_a_lost_process_is_named_and_training_goes_on_exactly(number, sharding, 
     at_step(folder, 1, 8, lambda pid: os.kill(pid, number))
     outcome = run_processes(folder, world, told, said.append)
     assert len(outcome["lost"]) == 1 and said[0].startswith("process 1 of 2 " + ("killed by SIGKILL" if number == signal.SIGKILL else "hung")), said
+    print(f"{sharding}, {method}: {said[0]}")
     assert "from the checkpoint of step" in said[0] and outcome["checkpoints"]["resumed_at"]
     one, other = (load_file(job / "weights.safetensors") for job in (undisturbed, folder))
     assert all(torch.equal(one[name], other[name]) for name in one) and sorted(set(told.steps)) == [*range(1, outcome["result"]["steps"] + 1)]
@@ -198,15 +202,19 @@ def test_a_world_that_cannot_be_is_refused(wrong, place):
 @pytest.mark.parametrize("sharding, method", [("ddp", "lora"), ("fsdp2", "lora"), ("fsdp2", "full")])
 def test_the_phase_gives_the_same_model_with_one_and_with_two_processes(sharding, method, tmp_path):
     workspace = write_workspace(tmp_path / "w")
-    common = ("mine.yaml", "--to", "train", "--set", f"train.method={method}", "--set", "train.batch_size=2")
-    finetune_accel("run", *common, "--run-dir", workspace / "runs/one", "--set", "train.processes=1", cwd=workspace)
-    two = finetune_accel("run", *common, "--run-dir", workspace / "runs/two", "--set", "train.processes=2", "--set", f"train.sharding={sharding}", cwd=workspace)
-    assert states(two)["train"] == "done"
+    finetune_accel("run", "mine.yaml", "--run-dir", workspace / "runs/one", "--to", "prepare", cwd=workspace)
+    shutil.copytree(workspace / "runs/one", workspace / "runs/two")
+
+    def trained(name: str, *more: str) -> str:
+        return finetune_accel("run", "mine.yaml", "--run-dir", workspace / f"runs/{name}", "--from", "train", "--to", "train", "--set", f"train.method={method}",
+                              "--set", "train.batch_size=2", *(word for setting in more for word in ("--set", setting)), cwd=workspace)
+
+    trained("one", "train.processes=1")
+    assert states(trained("two", "train.processes=2", f"train.sharding={sharding}"))["train"] == "done"
     one, other = (json.loads((workspace / f"runs/{name}/train.json").read_text()) for name in ("one", "two"))
     assert one["key"] != other["key"] and other["group"]["size"] == 2 and other["group"]["sharding"] == sharding and other["manifest"]["world_size"] == 2
     folders = [workspace / "runs" / name / result["outputs"]["merged"]["path"] for name, result in (("one", one), ("two", other))]
     weights, others = (load_file(folder / "model.safetensors") for folder in folders)
     assert weights.keys() == others.keys() and all(torch.allclose(weights[name], others[name], atol=TOLERANCE) for name in weights)
     assert one["dev"] == pytest.approx(other["dev"]) and one["tokens"] == other["tokens"]
-    again = finetune_accel("run", *common, "--run-dir", workspace / "runs/two", "--set", "train.processes=2", "--set", f"train.sharding={sharding}", cwd=workspace)
-    assert states(again)["train"] == "kept"
+    assert states(trained("two", "train.processes=2", f"train.sharding={sharding}"))["train"] == "kept"

@@ -16,7 +16,7 @@ from .errors import BadInput
 # %% auto #0
 __all__ = ['commands', 'console', 'write_new', 'jobs', 'migrate']
 
-# %% ../../nbs/core/databricks_commands.ipynb #37fdee24
+# %% ../../nbs/core/databricks_commands.ipynb #cf2ecf7c
 commands = typer.Typer()
 console = Console(force_jupyter=False)
 
@@ -45,7 +45,7 @@ def jobs(engagement: str, volume: Annotated[str, typer.Option(help="/Volumes/CAT
     write_new({to / name: text for name, text in files.items()})
     console.print(f"next: databricks air run --file {to / 'jobs/air.yaml'} --dry-run, or include jobs/*.yml in databricks.yml", soft_wrap=True, highlight=False)
 
-# %% ../../nbs/core/databricks_commands.ipynb #cf2ecf7c
+# %% ../../nbs/core/databricks_commands.ipynb #53c3b7dd
 @commands.command()
 def migrate(script: Path, to: Annotated[Path | None, typer.Option(help="file to write, default NAME.yaml beside the script")] = None) -> None:
     """Turn a script that calls Databricks' retired fine-tuning service into an engagement file; the script is read, never run."""

@@ -9,6 +9,7 @@ import builtins
 import getpass
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -229,7 +230,7 @@ def create(model: str = ..., train_data_path: str = ..., register_to: str = ...,
     except BadInput as error:
         raise ValidationError(error.place, error.rule, error.fix) from None
 
-
+# %% ../../nbs/core/foundation_model.ipynb #d8a52a27
 def _rows(source: str) -> int:
     """Return how many rows a source has. Raises BadInput if it cannot be opened."""
     return sum(1 for block in open_source(source).blocks() for _ in block.rows())
@@ -252,19 +253,13 @@ def _start(request: TuningRequest, name: str, sources: Sources) -> TrainingRun:
               f"air run --file {folder / 'service/air.yaml'}" if job else "checked")
         os.replace(staged, folder)
     except BaseException:
-        _remove(staged)
+        shutil.rmtree(staged, ignore_errors=True)
         raise
     if not job:
         _launch(folder)
     return _training_run(folder)
 
-
-def _remove(folder: Path) -> None:
-    import shutil
-
-    shutil.rmtree(folder, ignore_errors=True)
-
-
+# %% ../../nbs/core/foundation_model.ipynb #f6429ae4
 def _ai_runtime_settings() -> dict | None:
     """Return the settings of a dry run for AI Runtime, None where runs are local. Raises BadInput."""
     named = os.environ.get(AI_RUNTIME)
@@ -286,7 +281,7 @@ def _launch(folder: Path) -> None:
                                    stdout=log, stderr=log, start_new_session=True)
     write_json(folder / "service/process.json", {"pid": process.pid, "started": psutil.Process(process.pid).create_time()})
 
-# %% ../../nbs/core/foundation_model.ipynb #d8a52a27
+# %% ../../nbs/core/foundation_model.ipynb #136b24df
 PHASE_EVENTS = {"prepare": ("DATA_VALIDATED", "rows checked and divided"), "train": ("TRAIN_FINISHED", "trained and registered")}
 
 
@@ -315,7 +310,7 @@ def work(folder: Path) -> None:
         _tell(folder, "FAILED", f"{error} {_again(folder)}" if isinstance(error, FinetuneAccelError) else f"{type(error).__name__}, see service/log.txt")
         raise
 
-# %% ../../nbs/core/foundation_model.ipynb #359e1e25
+# %% ../../nbs/core/foundation_model.ipynb #8466f445
 Runs = Union[str, TrainingRun, Iterable[Union[str, TrainingRun]]]
 
 
@@ -357,7 +352,7 @@ def list(training_runs: Optional[Runs] = None, experiment_id: Optional[str] = No
 def _many(runs: Runs) -> builtins.list:
     return [runs] if isinstance(runs, (str, TrainingRun)) else [*runs]
 
-
+# %% ../../nbs/core/foundation_model.ipynb #36bf799a
 def get_events(training_run: Union[str, TrainingRun], follow: bool = False) -> ObjectList:
     """Return what happened to a run; `follow` prints each event and returns when the run has ended."""
     events, told = get(training_run).events, 0
@@ -385,7 +380,7 @@ def cancel(runs: Optional[Runs] = None, experiment_id: Optional[str] = None) -> 
             _tell(folder, "CANCELED", "nothing was running")
     return len(going)
 
-# %% ../../nbs/core/foundation_model.ipynb #136b24df
+# %% ../../nbs/core/foundation_model.ipynb #97026843
 @dataclass
 class Checkpoint:
     """Weights of a run; `path` is what `custom_weights_path` takes."""

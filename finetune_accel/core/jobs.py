@@ -21,8 +21,8 @@ from .errors import BadInput
 # %% auto #0
 __all__ = ['ACCELERATORS', 'LOCAL_RUNS', 'VARIABLE', 'ENVIRONMENT_VERSION', 'RUNTIME', 'OWN', 'require_place',
            'require_accelerator', 'run_arguments', 'command_script', 'ai_runtime_workload', 'script_name',
-           'ai_runtime_job', 'job_scripts', 'gpu_libraries', 'gpu_cluster_job', 'copy_missing', 'publishing',
-           'job_files']
+           'ai_runtime_job', 'job_scripts', 'gpu_libraries', 'gpu_cluster_job', 'copy_missing', 'checkpoints_in',
+           'publish', 'publishing', 'job_files']
 
 # %% ../../nbs/core/jobs.ipynb #e129a921
 ACCELERATORS = {"GPU_1xA10": 1, "GPU_1xH100": 1, "GPU_8xH100": 8}  # GPUs of one machine
@@ -140,31 +140,52 @@ OWN = re.compile(r"\.staging|\.lock.*|\..+\.\d+")  # what belongs to one machine
 
 
 def copy_missing(source: Path, target: Path) -> int:
-    """Copy the files of `source` that `target` lacks or has in another size or older; JSON files of the top folder come last. Return how many."""
+    """Copy the files of `source` that `target` lacks or has in another size or older; what names other files comes last. Return how many."""
     files = [path for path in source.rglob("*") if path.is_file() and not any(map(OWN.fullmatch, path.relative_to(source).parts))]
-    files.sort(key=lambda path: path.parent == source and path.suffix == ".json")
+    files.sort(key=lambda path: path.name == "manifest.json" or path.parent == source and path.suffix == ".json")
     copied = 0
     for path in files:
-        there, facts = target / path.relative_to(source), path.stat()
-        if there.exists() and there.stat().st_size == facts.st_size and there.stat().st_mtime >= facts.st_mtime:
-            continue
-        there.parent.mkdir(parents=True, exist_ok=True)
+        there = target / path.relative_to(source)
         staged = there.with_name(f".{there.name}.{os.getpid()}")
-        shutil.copyfile(path, staged)
-        os.replace(staged, there)
-        copied += 1
+        try:
+            facts = path.stat()
+            if there.exists() and there.stat().st_size == facts.st_size and there.stat().st_mtime >= facts.st_mtime:
+                continue
+            there.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, staged)
+            os.replace(staged, there)
+            copied += 1
+        except FileNotFoundError:  # an old checkpoint, which made room for a new one
+            continue
     return copied
 
 
+def checkpoints_in(folder: Path) -> set[Path]:
+    """Return the checkpoints of phases that are not finished, relative to the run folder."""
+    return {path.relative_to(folder) for path in folder.glob("unfinished/*/checkpoints/step-*")}
+
+
+def publish(run_dir: Path, volume: Path) -> None:
+    """Bring `volume` up to date: what is new is copied, checkpoints that are no longer there are removed."""
+    copy_missing(run_dir, volume)
+    for old in checkpoints_in(volume) - checkpoints_in(run_dir):
+        shutil.rmtree(volume / old, ignore_errors=True)
+    if not (run_dir / "unfinished").exists():
+        shutil.rmtree(volume / "unfinished", ignore_errors=True)
+
+
 def publishing(listener: Callable[[str, str, dict], None], run_dir: Path, volume: Path) -> Callable[[str, str, dict], None]:
-    """Take back what `volume` holds, and return a listener of the pipeline that publishes `run_dir` there after each phase, also a failed one."""
+    """Take back what `volume` holds, and return a listener of the pipeline that publishes `run_dir` there after each phase, also a failed one, and with each checkpoint."""
     if volume.is_dir():
         copy_missing(volume, run_dir)
+    published = checkpoints_in(run_dir)
 
     def follow(phase: str, state: str, facts: dict) -> None:
+        nonlocal published
         listener(phase, state, facts)
-        if state in ("done", "failed"):
-            copy_missing(run_dir, volume)
+        if state in ("done", "failed") or checkpoints_in(run_dir) - published:
+            published = checkpoints_in(run_dir)
+            publish(run_dir, volume)
 
     return follow
 

@@ -14,13 +14,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, Optional
 
-from .errors import BadInput, FinetuneAccelError, GateNotMet, PhaseFailed
+from .errors import BadInput, PhaseFailed
 from .runs import read_json
 from .supervisor import Death, after
 
@@ -154,7 +154,7 @@ class Follower:
         else:
             self.reporter.on_step_end(None, state, None)
 
-
+# %% ../../nbs/core/launch.ipynb #9d60e9c0
 @contextmanager
 def stopping(folder: Path, ranks: range) -> Iterator[None]:
     """Pass a request to stop on to the processes, where this is the main thread: they stop after the same step, with a checkpoint."""
@@ -165,7 +165,8 @@ def stopping(folder: Path, ranks: range) -> Iterator[None]:
     def ask(*_: Any) -> None:
         for rank in ranks:
             if known := read_json(folder / f"rank-{rank}.json"):
-                os.kill(known["pid"], signal.SIGTERM)
+                with suppress(ProcessLookupError):  # it has just ended
+                    os.kill(known["pid"], signal.SIGTERM)
 
     before = signal.signal(signal.SIGTERM, ask)
     try:
@@ -199,7 +200,7 @@ def launch(folder: Path, world: World, reporter: Any, follower: Follower) -> Los
         lost = Lost(rank, f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}", reached(folder, rank))
     return lost
 
-
+# %% ../../nbs/core/launch.ipynb #3760c682
 def _end(process: subprocess.Popen) -> None:
     """End torchrun and its processes, which are of its session or of sessions of their own."""
     import psutil
@@ -222,7 +223,7 @@ def raise_again(error: dict) -> None:
     Exception.__init__(outcome, error["message"])
     raise outcome
 
-# %% ../../nbs/core/launch.ipynb #878241b8
+# %% ../../nbs/core/launch.ipynb #c9c6148f
 def run_processes(folder: Path, world: World, reporter: Any, told: Callable[[str], None] = print) -> dict:
     """Run a job to its end and return its result (`core.together.train_as_one`). Raises PhaseFailed when processes are lost again and again."""
     deaths: list[Death] = []
@@ -235,17 +236,16 @@ def run_processes(folder: Path, world: World, reporter: Any, told: Callable[[str
         deaths.append(Death(lost.how, lost.step, newest))
         said = f"process {lost.rank} of {world.size} {lost.how} at step {lost.step}"
         if after(deaths, can_shrink=False) == "give up":
-            tail = (folder / "torchrun.log").read_text()[-1500:]
             raise PhaseFailed(f"{said}, {len(deaths)} times. Fix: see {folder / 'torchrun.log'}; if memory is short, lower train.micro_batch_tokens; "
-                              f"the same command goes on from step {newest}. Its last words: {tail.strip()}")
+                              f"the same command goes on from step {newest}.")
         told(f"{said}: all are started again from " + (f"the checkpoint of step {newest}" if newest else "the beginning"))
     return read_json(folder / "result.json") | {"lost": [vars(death) for death in deaths]}
 
-# %% ../../nbs/core/launch.ipynb #3760c682
-def train_in_processes(model: Any, samples: list[dict], plan: Any, world: World, folder: Path, reporter: Any, checkpoints: Any, **facts: Any) -> tuple:
+# %% ../../nbs/core/launch.ipynb #d5dd847c
+def train_in_processes(loaded: Any, samples: list[dict], plan: Any, world: World, folder: Path, reporter: Any, checkpoints: Any, **facts: Any) -> tuple:
     """Train in the processes of `world` and return (tuned model, TrainingResult, facts of the group).
 
-    `model` is a whole copy on the processor, whose weights are set in the end; `facts` as for `core.together.write_job`. Fills in the counts of `checkpoints`.
+    `loaded` is the model to start from, whole, on the processor, whose weights are set in the end; `facts` as for `core.together.write_job`. Fills in the counts of `checkpoints`.
     """
     import torch
 
@@ -253,15 +253,15 @@ def train_in_processes(model: Any, samples: list[dict], plan: Any, world: World,
     from finetune_accel.core.training import TrainingResult, trainable
     from finetune_accel.core.training_state import load_weights
 
-    write_job(folder, samples, plan, size=world.size, sharding=world.sharding, dtype=str(model.dtype).removeprefix("torch."),
+    write_job(folder, samples, plan, size=world.size, sharding=world.sharding, dtype=str(loaded.dtype).removeprefix("torch."),
               checkpoints={"folder": str(checkpoints.folder), "identity": checkpoints.identity, "minutes": checkpoints.pace.seconds / 60}, **facts)
     outcome = run_processes(folder, world, reporter)
-    tuned = trainable(model.to("cuda" if torch.cuda.is_available() else "cpu"), plan)
+    tuned = trainable(loaded.to("cuda" if torch.cuda.is_available() else "cpu"), plan)
     require_same_weights(tuned, folder / "weights.safetensors")
     load_weights(tuned, folder)
-    model.set_attn_implementation("sdpa")
+    loaded.set_attn_implementation("sdpa")
     if plan.checkpointing:
-        model.activation_checkpointing_disable()
+        loaded.activation_checkpointing_disable()
     done = outcome["checkpoints"]
     checkpoints.written, checkpoints.bytes, checkpoints.seconds = done["written"], done["bytes"], done["seconds"]
     checkpoints.resumed_at, checkpoints.skipped = done["resumed_at"], done["damaged"]
