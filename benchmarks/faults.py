@@ -548,7 +548,7 @@ def lost_process(lab: Lab, number: int, step: int = 40) -> str:
         signs = [json.loads(path.read_text()) for path in run_dir.glob("unfinished/train-*/job/rank-1.json")]
         return next((sign for sign in signs if sign["step"] >= step), None)
 
-    sign = wait_for(lambda: second() or running.poll() is not None)
+    sign = wait_for(lambda: second() or running.poll() is not None, 900)
     begun = time.monotonic()
     os.kill(sign["pid"], number)
     said(running, 0)
