@@ -92,7 +92,7 @@ class Watch:
     """What is known of the kernel that runs a notebook: its process id, and its exit code once it has died."""
 
     def __init__(self):
-        self.pid, self.code, self.asked = None, None, 0
+        self.pid, self.code, self.asked, self.told = None, None, 0, 0
 
     def manager(self) -> type:
         """Return the class of a kernel manager that keeps this watch."""
@@ -101,20 +101,26 @@ class Watch:
         watch = self
 
         class Watched(AsyncKernelManager):
-            async def is_alive(self) -> bool:
-                """Look, as nbclient does every second, and remember what was seen."""
+            async def _async_is_alive(self) -> bool:
+                """Look, as nbclient's kernel client does every second by this name, and remember what was seen."""
                 process = getattr(self.provisioner, "process", None)
                 if process is not None:
                     watch.pid = process.pid
                     watch.code = process.poll()
-                return await self._async_is_alive()
+                    watch.tell()
+                return await super()._async_is_alive()
 
         return Watched
 
     def stop(self, *_) -> None:
         """Pass a request to stop on to the kernel; the second one is not polite any more."""
         self.asked += 1
-        if self.pid:
+        self.tell()
+
+    def tell(self) -> None:
+        """Tell the kernel what it was not told yet: a request may come before it is known."""
+        if self.pid and self.code is None and self.told < self.asked:
+            self.told = self.asked
             os.kill(self.pid, signal.SIGTERM if self.asked == 1 else signal.SIGKILL)
 
 # %% ../../nbs/core/supervisor.ipynb #94b89d2c
