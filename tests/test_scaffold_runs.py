@@ -143,7 +143,7 @@ class Databricks:
     def version_of(self, model: str, kind: str, which: str) -> int | None:
         if kind == "aliases":
             return int(found) if (found := stores.alias_version(self.store, model, which)) else None
-        return int(which) if which in {one.version for one in MlflowClient(self.store).search_model_versions(f"name='{model}'")} else None
+        return int(which) if which in {str(one.version) for one in MlflowClient(self.store, self.store).search_model_versions(f"name='{model}'")} else None
 
     def words(self, words: list[str], target: str) -> list[str]:
         tree = target_tree(read_bundle(self.home), target)

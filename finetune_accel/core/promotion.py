@@ -22,6 +22,7 @@ from .policy import Environment, Policy
 from .registry import registered_name
 from .runs import RunFolder
 from .signing import Key, fingerprint, folder_problem
+from .sources import file_digest
 from .tracking import store_uri
 
 # %% auto #0
@@ -72,33 +73,46 @@ def _publish(desk: Desk, place: Place, artefact: Path, action: str, alias: str, 
     return version
 
 
+def _registered(desk: Desk, place: Place, of: dict[str, str]) -> str | None:
+    """Return the version that was registered with this evaluation of this training, if an alias still stands for it and who registered it may."""
+    for one in reversed(desk.entries(place, "register")):
+        known = desk.policy.may(fingerprint(one["key"]), "register")  # else nobody of the policy has signed it
+        if known and all(one.get(key) == value for key, value in of.items()) and one["version"] in stores.aliases(place.uri, place.model).values():
+            return one["version"]
+    return None
+
+
 def register_run(desk: Desk, place: Place, run: RunFolder, why: str) -> str:
     """Register a run's model with its evidence, signed, as candidate; return the version. The same model and evidence are not registered twice."""
     desk.policy.require(desk.key.fingerprint, "register")
     registered = run.need("train").get("registered")
     if not registered:
         raise BadInput(str(run.path / "train.json"), "names no registered model: the MLflow store could not be reached", "run train again with --force")
-    evaluated = run.need("evaluate")["outputs"]["answers.parquet"]["sha256"]
-    for one in reversed(desk.entries(place, "register")):
-        known = desk.policy.may(fingerprint(one["key"]), "register")  # else nobody of the policy has signed it
-        if known and one["evaluation"] == evaluated and one["train"] == run.need("train")["key"] and one["version"] in stores.aliases(place.uri, place.model).values():
-            return one["version"]
+    of = {"evaluation": run.need("evaluate")["outputs"]["answers.parquet"]["sha256"], "train": run.need("train")["key"]}
+    if known := _registered(desk, place, of):
+        return known
     own = store_uri(run.need("train")["settings"]["tracking_uri"], run.path)
     with tempfile.TemporaryDirectory() as scratch:
         artefact = stores.fetch(own, registered["name"], str(registered["version"]), Path(scratch) / "artefact")
         evidence_of_run(run, desk.log, artefact, place.model)
         seal(artefact, desk.key)
-        return _publish(desk, place, artefact, "register", "candidate", why=why, evaluation=evaluated, train=run.need("train")["key"])
+        return _publish(desk, place, artefact, "register", "candidate", why=why, **of)
 
 
 def register_existing(desk: Desk, place: Place, source: Place, version: str, evaluation: Path, why: str) -> str:
-    """Register a version that somebody else trained and `core.existing_models` judged, with its evidence, as candidate; return the version."""
+    """Register a version that somebody else trained and `core.existing_models` judged, with its evidence, as candidate; return the version.
+
+    The same version with the same evaluation is not registered twice.
+    """
     desk.policy.require(desk.key.fingerprint, "register")
+    of = {"evaluation": file_digest(evaluation / "evaluation.json"), "train": f"{source.model}/{version}"}
+    if known := _registered(desk, place, of):
+        return known
     with tempfile.TemporaryDirectory() as scratch:
         artefact = stores.fetch(source.uri, source.model, version, Path(scratch) / "artefact")
         evidence_of_evaluation(evaluation, desk.log, artefact, place.model)
         seal(artefact, desk.key)
-        return _publish(desk, place, artefact, "register", "candidate", why=why)
+        return _publish(desk, place, artefact, "register", "candidate", why=why, **of)
 
 
 def bring(desk: Desk, source: Place, place: Place, why: str) -> str:
