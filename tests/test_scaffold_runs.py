@@ -93,7 +93,7 @@ def own(tmp_path_factory):
     found = run_steps(home, "github")
     print(*(f"{name}: {code}\n{output}" for name, (code, output) in found.items()), sep="\n")
     assert {name: code for name, (code, _) in found.items()} == dict.fromkeys([*PREPARED[:3], "data", "train", "gate"], 0)
-    assert "main.default.intent_classifier" not in found["gate"][1] and "models:/staging.intents.intents@challenger" in found["gate"][1]
+    assert "models:/staging.intents.intents@challenger is version 1 in staging" in found["gate"][1]
     return home
 
 
