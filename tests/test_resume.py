@@ -105,7 +105,7 @@ def test_killed_in_the_middle_of_a_step(folder, tmp_path, monkeypatch):
     """kill -9 in the forward pass of a real process; what it had kept goes on in this one, with a damaged newest checkpoint left out."""
     whole, result = run(folder, tmp_path / "whole")
     code = KILLED.format(tests=str(Path(__file__).parent), model=str(folder), scratch=str(tmp_path))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "2"})
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())})
     assert done.returncode == -signal.SIGKILL, done.stderr[-2000:]
     newest = always(tmp_path / "kept").all()[0]
     (newest / "rng.json").unlink()
