@@ -11,9 +11,9 @@ LOCK = {name: (pinned, line) for line in (REPO / "requirements.lock").read_text(
 
 
 def test_the_lock_is_what_the_constraints_pin_and_what_is_installed():
-    pinned = dict(line.lower().replace("_", "-").split("==") for line in (REPO / "constraints.txt").read_text().splitlines() if "==" in line)
+    pinned = dict(re.sub(r"[_.](?=.*==)", "-", line.lower()).split("==") for line in (REPO / "constraints.txt").read_text().splitlines() if "==" in line)
     pinned["triton"] = LOCK["triton"][0]  # comes with torch's CUDA build, which asks for a version of its own
-    other = {name: found for name, (found, _) in LOCK.items() if pinned.get(name) not in (found, found.split("+")[0])}
+    other = {name: found for name, (found, _) in LOCK.items() if pinned.get(name.replace(".", "-")) not in (found, found.split("+")[0])}
     assert not other, "run make lock"
     for extra in ("", "dev_"):
         asked = re.search(rf"^{extra}requirements = (.*)$", (REPO / "settings.ini").read_text(), re.M)[1].split()

@@ -167,12 +167,13 @@ import json, sys
 from pathlib import Path
 from nbformat.v4 import new_code_cell, new_notebook, writes
 from finetune_accel.core.pipeline import _our_error, execute_notebook
+from finetune_accel.core.supervisor import Watch
 code = "import os, sys; print(os.environ['IN_ERROR']); print(dict(os.environ), file=sys.stderr); dict(os.environ)"
 cells = [new_code_cell(code), new_code_cell("secrets = os.environ['IN_ERROR']\\nraise RuntimeError(f'no answer from {secrets} of {dict(os.environ)}')")]
 notebook, executed = map(Path, sys.argv[1:])
 notebook.write_text(writes(new_notebook(cells=cells)))
 try:
-    execute_notebook(notebook, executed, {})
+    execute_notebook(notebook, executed, {}, Watch())
 except Exception as error:
     print(_our_error(error, executed))
 """

@@ -488,7 +488,7 @@ def test_a_table_that_has_forgotten_what_comes_next(model, tmp_path):
     write_deltalake(source, pa.Table.from_pylist(prompts(4, 4)), mode="append")
     DeltaTable(str(source)).delete(f"prompt = '{prompts(1, 5)[0]['prompt']}'")
     DeltaTable(str(source)).vacuum(0, dry_run=False, enforce_retention_duration=False)
-    with pytest.raises(BadInput, match=r"asked@1\.\.\d+: the changes of these versions cannot be read .*new --out with --follow"):
+    with pytest.raises(BadInput, match=r"asked@1\.\.\d+: the changes of these versions cannot be read .*`score` into a new --out"):
         follow_job(job, lambda *_: None)
     assert len(by_prompt(job.out)) == 4
 

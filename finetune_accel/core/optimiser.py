@@ -26,6 +26,9 @@ class MasterAdamW(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure=None):
         """Update the copies from the model's gradients, and the model from the copies."""
+        for parameter, master in zip(self.working, self.masters, strict=True):
+            if parameter.grad is not None and parameter.grad.stride() != master.stride():  # torch's fused kernel reads any gradient as it reads the weight
+                parameter.grad = torch.empty_like(master).copy_(parameter.grad)
         copies = [(p, master) for p, master in zip(self.working, self.masters, strict=True) if p is not master]
         for parameter, master in copies:
             master.grad = parameter.grad
