@@ -213,6 +213,19 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_batch(run, monkeypat
     assert other.halvings == 0 and other.tokens == result.tokens and other.supervised_tokens == result.supervised_tokens
 
 
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_threads_change_nothing_but_rounding(run, method):
+    """With several threads some gradients come transposed in memory; the optimiser must not care."""
+    before, losses = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            losses.append([entry["loss"] for entry in run(method=method, epochs=2)[-1].history if "loss" in entry])
+    finally:
+        torch.set_num_threads(before)
+    assert len(losses[0]) > 3 and losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
 def test_an_interrupted_forward_pass_is_let_go(folder):
     """Sibling layers hold their joint product until the last of them has asked for its part; after a failure nobody will."""
     model, tokenizer = load_plain(folder, torch.float32)
