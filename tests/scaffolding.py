@@ -47,6 +47,17 @@ def run_tool(*words: str, cwd: Path) -> str:
     return done.stdout
 
 
+def git(*words: str, cwd: Path) -> str:
+    """Run git as somebody who has set nothing up."""
+    return run_tool("git", "-c", "user.name=t", "-c", "user.email=t@example.com", "-c", "init.defaultBranch=main", *words, cwd=cwd)
+
+
+def commit(folder: Path, message: str) -> None:
+    """Commit all that is in a folder."""
+    git("add", "-A", cwd=folder)
+    git("commit", "-qm", message, cwd=folder)
+
+
 def findings_above_low(repository: Path) -> list[str]:
     """Return what zizmor finds in the workflows with a severity above low."""
     done = subprocess.run([tool("zizmor"), "--offline", "--format=json", "--persona=regular", "--no-exit-codes", ".github/workflows"], cwd=repository,
