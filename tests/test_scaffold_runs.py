@@ -82,14 +82,14 @@ def test_without_a_fault_all_steps_are_green(tmp_path, ci):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pipeline", ["engagement", "model"])
+@pytest.mark.parametrize("pipeline", [pytest.param("model", id="own model"), pytest.param("engagement", id="fine-tuned model")])
 def test_the_two_commands_of_its_readme_work_in_a_fresh_clone(wheel, tmp_path, pipeline):
     """On the machine of a colleague, who has a key of their own, the wheel of this package, and for all else the package registry."""
     home = with_data(tmp_path / "home") if pipeline == "engagement" else render(tmp_path / "home", {"pipeline": "model", "name": "mine"})
     commit(home, "scaffold")
     git("clone", "-q", str(home), str(tmp_path / "clone"), cwd=tmp_path)
     clone, commands = tmp_path / "clone", re.findall(r"(?m)^make \w+", (home / "README.md").read_text())
-    colleague = {**CLEAN, "HOME": str(tmp_path), "PIP_FIND_LINKS": f"{wheel.parent} {os.environ.get('PIP_FIND_LINKS', '')}"}
+    colleague = {**CLEAN, "HOME": str(tmp_path), "PIP_CACHE_DIR": str(Path.home() / ".cache/pip"), "PIP_FIND_LINKS": f"{wheel.parent} {os.environ.get('PIP_FIND_LINKS', '')}"}
     colleague.pop("FINETUNE_ACCEL_KEY")
     assert commands == ["make run", "make test"] and not (clone / "keys/release.pem").exists()
     for command in commands:

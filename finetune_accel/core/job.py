@@ -25,7 +25,7 @@ __all__ = ['LOG', 'UNDER_WAY', 'OWN', 'SECRET', 'carried_files', 'copy_whole', '
 
 # %% ../../nbs/core/job.ipynb #8de4ce8a
 LOG, UNDER_WAY = "decisions", {"unfinished", "spool"}
-OWN = re.compile(r"\.staging|\..*lock|\..+\.\d+|.+\.db(-\w+)?|mlartifacts")  # a machine's own: half results, locks, copies under way, a local MLflow store
+OWN = re.compile(r"\.staging|\..*lock.*|\..+\.\d+|.+\.db(-\w+)?|mlartifacts")  # a machine's own: half results, locks, copies under way, a local MLflow store
 
 
 def carried_files(runs: Path) -> list[Path]:
