@@ -47,7 +47,7 @@ def tuned(tmp_path_factory):
 def spoil(home: Path, name: str, old: str, new: str) -> None:
     text = (home / name).read_text()
     assert old in text, (name, text)
-    (home / name).write_text(text.replace(old, new, 1))
+    (home / name).write_text(text.replace(old, new))
 
 
 FAULTS = {  # what is planted: (file, what stands there, what is written instead, the step that must be red, its exit code, what it says)
@@ -55,7 +55,7 @@ FAULTS = {  # what is planted: (file, what stands there, what is written instead
     "bad bundle": ("resources/release.yml", "{task_key: promote}", "{task_key: promotion}", "check", "there is no task promotion"),
     "bad engagement": ("engagement.yaml", "seed: 17", "sead: 17", "check", "did you mean `seed`"),
     "an approver who promotes": ("policy.yml", "may: [register, promote]", "may: [register, promote, approve]", "unit", "may approve what they promote"),
-    "broken data": ("data/rows.jsonl", '{"prompt"', '{"prompt', "data", "not JSON"),
+    "broken data": ("data/rows.jsonl", '"prompt"', '"question"', "data", "no `prompt` among the columns question, response"),
     "failed gate": ("settings/short.yaml", "at_least: 0.0", "at_least: 0.9", "gate", "criteria not met: exact_match"),
 }
 
