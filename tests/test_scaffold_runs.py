@@ -99,6 +99,7 @@ def test_the_two_commands_of_its_readme_work_in_a_fresh_clone(wheel, tmp_path, p
         assert done.returncode == 0
     where = subprocess.run([clone / ".venv/bin/python", "-c", "import finetune_accel; print(finetune_accel.__file__)"], cwd=tmp_path, env=colleague, capture_output=True, text=True)
     assert where.stdout.startswith(str(clone / ".venv")), where
+    assert git("status", "--short", cwd=clone) == "", "what the commands make is no change to commit"
 
 
 # --- a model of the customer's own
