@@ -69,6 +69,18 @@ def states(output: str) -> dict[str, str]:
     return {words[0]: words[1] for words in lines if len(words) >= 3 and words[1] in ("done", "kept", "failed")}
 
 
+CLEAN = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "VIRTUAL_ENV"))}  # of a machine without this checkout
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory):
+    """The wheel of this checkout."""
+    folder = tmp_path_factory.mktemp("dist")
+    subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", folder, Path(__file__).parent.parent], check=True)
+    (built,) = folder.glob("*.whl")
+    return built
+
+
 def write_workspace(folder: Path) -> Path:
     """Write rows, tiny model and engagement file into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
