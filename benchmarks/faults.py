@@ -296,14 +296,12 @@ def killed_in_a_step(lab: Lab) -> str:
 
 @fault(2, "killed while a checkpoint is written", "kill -9 after each of its files, after the manifest, before the rename: 7 places, at step 12")
 def killed_while_saving(lab: Lab) -> str:
-    from finetune_accel.core import resume, training_state  # noqa: F401
-
     whole, fell_back = lab.whole(epochs=1), []
     for place in ("save_learnt", "save_schedule", "save_random_state", "save_kept", "write_manifest", "fsync_folder", "os.replace"):
         out = lab.folder(place)
 
         def hook(training, place=place):
-            import finetune_accel.core.resume as resume
+            from finetune_accel.core import resume
 
             owner, name = (training, place) if place.startswith("save") else (resume.os, "replace") if place == "os.replace" else (resume, place)
             action = getattr(owner, name)
