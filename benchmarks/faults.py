@@ -425,15 +425,15 @@ def out_of_memory(lab: Lab) -> str:
             f"losses within {max(losses):.0e} of the run with enough memory")
 
 
-@fault(6, "killed by the system for memory", "the kernel kills itself with SIGKILL at step 30 as long as a row has more than 40 tokens")
+@fault(6, "killed by the system for memory", "the kernel kills itself with SIGKILL at step 15 as long as a row has more than 60 tokens, which is two samples")
 def killed_for_memory(lab: Lab) -> str:
     run_dir = lab.prepared()
-    output = said(lab.train(run_dir, "slow=0.02,kill=30,above=40", "--set", "train.micro_batch_tokens=128"), 0)
+    output = said(lab.train(run_dir, "slow=0.1,kill=15,above=60", "--set", "train.batch_size=8", "--set", "train.micro_batch_tokens=80"), 0)
     again = [line for line in output.splitlines() if " again " in line]
     result = json.loads((run_dir / "train.json").read_text())
     assert len(again) >= 2 and "half of the micro-batch" in output and [death["signal"] for death in result["deaths"]] == ["SIGKILL"] * len(again)
-    assert result["settings"]["batch_size"] == 2 and result["micro_batch_tokens"] <= 64 and result["checkpoints"]["resumed_at"]
-    return f"{len(again)} relaunches by the command itself, the last: \"{again[-1].split('again')[1].strip()}\"; done with rows of {result['micro_batch_tokens']} tokens, 2 samples a step"
+    assert result["settings"]["batch_size"] == 8 and result["micro_batch_tokens"] == 40 and result["checkpoints"]["resumed_at"]
+    return f"{len(again)} relaunches by the command itself, the last: \"{again[-1].split('again', 1)[1].strip()}\"; done with rows of {result['micro_batch_tokens']} tokens, 8 samples a step"
 
 
 @fault(7, "a loss or gradient that is no number", "loss NaN; loss Inf; gradient Inf; a frozen weight NaN: each at step 40")
