@@ -914,8 +914,9 @@ def _write_page(rows: list[dict], costs: dict) -> None:
     record = {"machine": f"{os.cpu_count()} cores, {platform.machine()}, {platform.system()} {platform.release()}",
               "faults": [known[number] for number in sorted(known)], "cost": costs or before["cost"]}
     path.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
-    lines = ["# Faults, injected and survived", "", f"`make faults` on {record['machine']}. {sum(row['passed'] for row in record['faults'])} of "
-             f"{len(record['faults'])} passed; the commit, date and seconds (on cores that others used too) of each are in `faults.json`.", "",
+    commits = ", ".join(sorted({row["commit"] or "none" for row in record["faults"]}))
+    lines = ["# Faults, injected and survived", "", f"`make faults` on {record['machine']}, commit {commits}. {sum(row['passed'] for row in record['faults'])} of "
+             f"{len(record['faults'])} passed; date and seconds (on cores that others used too) of each are in `faults.json`.", "",
              "| # | fault | injected by | what happened | |", "|---|---|---|---|---|"]
     lines += [f"| {row['number']} | {row['fault']} | {row['injected']} | {row['happened'].replace('|', '/')} | {'pass' if row['passed'] else '**FAIL**'} |"
               for row in record["faults"]]
