@@ -46,7 +46,7 @@ SYSTEM = "Answer with the intent as JSON."
 NEW = 8  # each NEWth question is German
 A_MINUTE, AT_ONCE = 160, 8
 MONITOR = {"window": "1 minute", "fewest_rows": 100}
-SHORT = {"train": {"max_steps": 120, "evaluations": 1}, "evaluate": {"items": 240, "general_texts": 0, "reason": "German rows joined"}}
+SHORT = {"train": {"max_steps": 100, "evaluations": 1, "dev_items": 16}, "evaluate": {"items": 200, "general_texts": 0, "reason": "German rows joined"}}
 
 
 @functools.cache
