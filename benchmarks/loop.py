@@ -24,13 +24,14 @@ import json
 import os
 import random
 import shutil
+import sqlite3
 import subprocess
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import httpx
@@ -44,9 +45,9 @@ from serving import free_port  # noqa: E402
 STEPS = ("champion", "shift", "train", "evaluate", "promote")
 SYSTEM = "Answer with the intent as JSON."
 NEW = 8  # each NEWth question is German
-A_MINUTE, AT_ONCE = 160, 8
-MONITOR = {"window": "1 minute", "fewest_rows": 100}
-SHORT = {"train": {"max_steps": 100, "evaluations": 1, "dev_items": 16}, "evaluate": {"items": 200, "general_texts": 0, "reason": "German rows joined"}}
+A_MINUTE, AT_ONCE = 96, 8
+MONITOR = {"window": "1 minute", "fewest_rows": 60}
+SHORT = {"train": {"max_steps": 48, "evaluations": 1, "dev_items": 8}, "evaluate": {"items": 100, "general_texts": 0, "reason": "German rows joined"}}
 
 
 @functools.cache
@@ -163,11 +164,22 @@ def ask(loop: Loop, port: int, rows: list[dict]) -> None:
     loop.say(f"{len(rows)} questions asked in {len(rows) // A_MINUTE} minutes, {german} of them in German" + (f"; {late:.0f} s late" if late > 0 else ""))
 
 
+def copy_run(run: Path, to: Path) -> None:
+    """Copy a run folder with its decisions and its local MLflow store, in which paths are absolute, into the folder `to`."""
+    for name in (run.name, "decisions", "mlartifacts"):
+        shutil.copytree(run.parent / name, to / name)
+    shutil.copy(run.parent / "mlflow.db", to)
+    with closing(sqlite3.connect(to / "mlflow.db")) as store, store:
+        for (table,) in store.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall():
+            for _, column, kind, *_ in store.execute(f"PRAGMA table_info({table})").fetchall():
+                if "CHAR" in kind or "TEXT" in kind:
+                    store.execute(f"UPDATE {table} SET {column} = replace({column}, ?, ?) WHERE {column} LIKE ?", (str(run.parent), str(to), f"%{run.parent}%"))
+
+
 def champion(loop: Loop, run: Path | None) -> None:
     """Let home-intents be champion: a copy of a finished run, or one that is made now."""
     if run:
-        shutil.copytree(run, loop.run)
-        shutil.copytree(run.parent / "decisions", loop.run.parent / "decisions")  # what the test split was opened for
+        copy_run(run.absolute(), loop.run.parent)
         loop.say(f"a copy of {run.name}, a finished run: the test split was opened {json.loads((run / 'evaluate.json').read_text())['test_openings']} time(s)")
     else:
         loop.command("run", "home-intents", "--run-dir", str(loop.run), "--to", "promote")
