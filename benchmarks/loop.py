@@ -5,14 +5,14 @@
     python benchmarks/loop.py --folder /tmp/loop --steps train evaluate    (some of the steps; each goes on from the files of those before it)
 
 `champion`: home-intents, with the weights and the verdict of its full run, becomes champion. `shift`: a server answers `models:/...@champion` and leaves
-each request in an inference table; a client (the openai package) asks what the model was judged on, then every eighth question is in German. The monitor,
+each request in an inference table; a client (the openai package) asks what the model was judged on, then every sixth question is in German. The monitor,
 run as a schedule would run it, raises an alert; the sheet of questions that it wants labelled is filled in. `train` and `evaluate`: the labelled rows, and
 German ones that people wrote meanwhile, go into training by `prepare.mended`. `promote`: the server of the first champion runs; the new model passes the
 same gates and becomes champion; the server changes to it without a restart, and the alert is over.
 
 Questions: home-intents is divided by template, so its test questions are of templates that are in no other split. Traffic is of these templates too, with
 other names and numbers: what the model was judged on, and nothing that it has seen. German questions are of the same package, with English names of rooms
-and devices. "People" are the package: it knows the right answer. German is an eighth of all rows of the second model, as it is of the traffic. Windows have
+and devices. "People" are the package: it knows the right answer. German is a sixth of all rows of the second model, as it is of the traffic. Windows have
 one minute and SHORT says what of the second run is shorter than it would be; it trains on from the first model's adapter.
 """
 from __future__ import annotations
@@ -44,9 +44,9 @@ from serving import free_port  # noqa: E402
 
 STEPS = ("champion", "shift", "train", "evaluate", "promote")
 SYSTEM = "Answer with the intent as JSON."
-NEW = 8  # each NEWth question is German
-A_MINUTE, AT_ONCE = 96, 8
-MONITOR = {"window": "1 minute", "fewest_rows": 60}
+NEW = 6  # each NEWth question is German
+A_MINUTE, AT_ONCE = 48, 8
+MONITOR = {"window": "1 minute", "fewest_rows": 30, "retrain_rows": 80}
 SHORT = {"train": {"max_steps": 48, "evaluations": 1, "dev_items": 8}, "evaluate": {"items": 100, "general_texts": 0, "reason": "German rows joined"}}
 
 
