@@ -1,8 +1,8 @@
 """The whole loop once, without anybody at the screen: serve, other questions come, an alert, labels, training again, promotion, the alert is over.
 
-    python benchmarks/loop.py --folder /tmp/loop                          (an hour and a half on two cores; writes benchmarks/loop.md)
-    python benchmarks/loop.py --folder /tmp/loop --run runs/home-intents   (a copy of a finished run serves first: three quarters of an hour)
-    python benchmarks/loop.py --folder /tmp/loop --steps train evaluate    (some of the steps; each goes on from the files of those before it)
+    python benchmarks/loop.py --folder runs/loop                          (trains home-intents first; writes benchmarks/loop.md)
+    python benchmarks/loop.py --folder runs/loop --run runs/home-intents   (a copy of a finished run, with its store, serves first)
+    python benchmarks/loop.py --folder runs/loop --steps train evaluate    (some of the steps; each goes on from the files of those before it)
 
 `champion`: home-intents, with the weights and the verdict of its full run, becomes champion. `shift`: a server answers `models:/...@champion` and leaves
 each request in an inference table; a client (the openai package) asks what the model was judged on, then every sixth question is in German. The monitor,
@@ -250,7 +250,7 @@ def page(loop: Loop, told: str) -> str:
 
 
 def main() -> None:
-    """Go through the wanted steps in a folder; after the last one its diary is a page."""
+    """Go through the wanted steps in a folder; after each one the diary is a page."""
     options = argparse.ArgumentParser()
     options.add_argument("--folder", type=Path, required=True)
     options.add_argument("--run", type=Path, help="a finished run of home-intents, which is copied")
@@ -265,7 +265,6 @@ def main() -> None:
         go[step]()
         if step == "evaluate":
             loop.say(f"the second model: {loop.scores()}")
-    if given.steps[-1] == STEPS[-1]:
         given.out.write_text(page(loop, f"python benchmarks/loop.py{f' --run runs/{given.run.name}' if given.run else ''}"))
 
 
