@@ -81,7 +81,7 @@ million: .venv/.installed-dev
 	$(BIN)/python benchmarks/monitoring.py
 
 loop: .venv/.installed-dev
-	$(BIN)/python benchmarks/loop.py
+	$(BIN)/python benchmarks/loop.py --folder runs/loop $(if $(wildcard $(RUN)/promote.json),--run $(RUN))
 
 combinations: .venv/.installed-dev
 	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python benchmarks/scaffold.py
