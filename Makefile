@@ -2,6 +2,7 @@
 # make test   notebooks and package in sync, notebook examples, pytest
 # make locked install exactly requirements.lock, each file by its hash (Linux x86-64, Python 3.11), before any of the others; make lock writes it anew
 # make lab    open the notebooks
+# make docs   the documentation site in _docs (docs/index.html opens without a network), from the notebooks, docs/ and the docstrings; warnings are errors
 # make slow   the tests that make test leaves out (Spark again, killed; Gemma)
 # make benchmark, make scale   speed beside others, a million rows; results are files in benchmarks/
 # make generation   speed of the engines that answer, and whether they answer the same (RUN: a finished run of home-intents)
@@ -18,7 +19,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test slow lock locked lab sync benchmark generation scale scoring kills faults serving drift loop million ray vllm combinations gpu many two-gpus clean
+.PHONY: demo test docs slow lock locked lab sync benchmark generation scale scoring kills faults serving drift loop million ray vllm combinations gpu many two-gpus clean
 
 demo: .venv/.installed
 	$(BIN)/finetune-accel run home-intents
@@ -33,6 +34,10 @@ test: .venv/.installed-dev
 
 slow: .venv/.installed-dev
 	$(BIN)/python -m pytest -q -m slow tests
+
+docs: .venv/.installed-dev
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e ".[docs]"
+	$(BIN)/python -m sphinx -q -W --keep-going -c docs -d build/doctrees . _docs
 
 locked: .venv/bin/python
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --require-hashes -r requirements.lock

@@ -303,7 +303,7 @@ def killed_while_saving(lab: Lab) -> str:
         out = lab.folder(place)
 
         def hook(training, place=place):
-            import finetune_accel.core.resume as resume
+            import finetune_accel.core.resume as resume  # noqa: F811
 
             owner, name = (training, place) if place.startswith("save") else (resume.os, "replace") if place == "os.replace" else (resume, place)
             action = getattr(owner, name)
