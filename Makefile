@@ -1,5 +1,5 @@
 # make demo   a fresh machine with Python 3.11 to the verdict on the shipped engagement
-# make test   notebooks and package in sync, notebook examples, pytest
+# make test   ruff, notebooks and package in sync, notebook examples, pytest
 # make locked install exactly requirements.lock, each file by its hash (Linux x86-64, Python 3.11), before any of the others; make lock writes it anew
 # make lab    open the notebooks
 # make docs   the documentation site in _docs (docs/index.html opens without a network), from the notebooks, docs/ and the docstrings; warnings are errors
@@ -28,6 +28,7 @@ demo: .venv/.installed
 test slow: export TRITON_INTERPRET ?= $(if $(shell command -v nvidia-smi),0,1)
 
 test: .venv/.installed-dev
+	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -q tests/test_design.py
 	$(BIN)/nbdev_test --path nbs/core --n_workers 2
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=25 -m "not slow" --ignore=tests/test_design.py tests
