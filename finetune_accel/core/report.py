@@ -18,7 +18,7 @@ from .runs import RunFolder
 from .sources import KNOWN_PACKAGES, package_pin, scheme
 
 # %% auto #0
-__all__ = ['SYSTEMS', 'score_lines', 'verdict_sentences', 'engine_lines', 'promotion_line', 'monitor_line', 'systems_compared',
+__all__ = ['SYSTEMS', 'score_lines', 'verdict_sentences', 'engine_lines', 'systems_compared', 'promotion_line', 'monitor_line',
            'not_shown', 'lineage', 'headline', 'summary_lines', 'spoken', 'pictures', 'report_facts', 'write_report']
 
 # %% ../../nbs/core/report.ipynb #023e09c1
@@ -68,12 +68,17 @@ def engine_lines(engines: list[dict]) -> list[list[str]]:
                        f"{found['p95_seconds']:.1f} s", effect(found)] if "equal" in found else
                       [found["engine"], found["verdict"], "-", "-", "-", effect(found)] for found in engines)]
 
-
+# %% ../../nbs/core/report.ipynb #65350acc
 SYSTEMS = {
     "base": "the untuned model", "base+K": "the untuned model, told all possible answers and shown K examples",
     "base+K nearest": "the same, shown the K training examples nearest to each prompt, as retrieval would find them",
     "nearest": "copies the answer of the most similar training prompt",
     "classical": "TF-IDF and logistic regression, which can only name the label", "tuned": "the fine-tuned model"}
+
+
+def systems_compared(scores: list[dict]) -> list[tuple[str, str]]:
+    """Return (system, what it is) of each system in a score table, in its order."""
+    return [(name, SYSTEMS[name]) for name in dict.fromkeys(row["system"] for row in scores)]
 
 
 def promotion_line(promoted: dict, folder: str | Path) -> str:
@@ -94,11 +99,6 @@ def monitor_line(monitored: dict, folder: str | Path) -> str:
     if monitored["replayed"]:
         return f"monitor: {seen}, replayed; of the service: finetune-accel monitor {folder} --table TABLE"
     return f"monitor: {seen}; " + (f"ALERTS: {alerts} (see {folder}/{monitored['outputs']['dashboard.html']['path']})" if alerts else "no alert holds")
-
-
-def systems_compared(scores: list[dict]) -> list[tuple[str, str]]:
-    """Return (system, what it is) of each system in a score table, in its order."""
-    return [(name, SYSTEMS[name]) for name in dict.fromkeys(row["system"] for row in scores)]
 
 # %% ../../nbs/core/report.ipynb #a0b685c6
 def not_shown(results: dict[str, dict]) -> list[str]:
