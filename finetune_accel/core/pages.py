@@ -16,16 +16,19 @@ from markupsafe import Markup, escape
 from .secrets import redact
 
 # %% auto #0
-__all__ = ['render', 'write_page', 'inline_svg', 'markdown_body']
+__all__ = ['COLOURS_OF_A_TERMINAL', 'render', 'write_page', 'inline_svg', 'markdown_body']
 
 # %% ../../nbs/core/pages.ipynb #275a6176
+COLOURS_OF_A_TERMINAL = re.compile(r"\x1b\[[0-9;]*m")  # what a child process said may hold them
+
+
 def render(template: str, **facts: Any) -> str:
-    """Return a template of this package as HTML, with credentials taken out.
+    """Return a template of this package as HTML, with credentials and a terminal's colours taken out.
 
     Raises jinja2.UndefinedError for a fact that the template needs and was not given.
     """
     environment = Environment(loader=PackageLoader("finetune_accel", ""), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return redact(environment.get_template(template).render(facts))
+    return redact(COLOURS_OF_A_TERMINAL.sub("", environment.get_template(template).render(facts)))
 
 
 def write_page(path: Path, html: str) -> Path:

@@ -178,7 +178,7 @@ def spoken(results: dict[str, dict]) -> dict[str, str]:
                                        f"95 of 100 up to {rows['p95']:.0f}, the longest {rows['longest']}.")
     if trained := results.get("train"):
         dev = ", ".join(f"{name} {value:.2f}" for name, value in trained["dev"].items())
-        said["train/training.svg"] = (f"Training loss over {trained['steps']} steps, from {trained['loss']['first']:.2f} to {trained['loss']['last']:.2f}; "
+        said["train/training.svg"] = (f"Training loss over {trained['steps']} steps, from {trained['loss']['first']:.3g} to {trained['loss']['last']:.3g}; "
                                       f"dev scores at the end: {dev}.")
     if evaluated := results.get("evaluate"):
         said["evaluate/scores.svg"] = "Bars of the scores in the table above, with their 95 % intervals."
