@@ -13,7 +13,6 @@ import httpx
 import nbformat
 import psutil
 import pytest
-from browser import problems
 from conftest import ROWS, finetune_accel, states, write_workspace
 from nbclient import NotebookClient
 
@@ -231,24 +230,6 @@ def test_the_report_opens_offline(finished):
     assert html.count("<svg ") == 3 and html.index('id="summary"') < html.index('id="contents"') < html.index('id="verdict"')
     ids = re.findall(r' id="([^"]+)"', html)
     assert len(ids) == len(set(ids)), "two pictures share ids"
-
-
-def test_all_pages_of_a_run_are_readable_everywhere(finished, chromium, tmp_path):
-    """Report, dashboard and handover pack, in light and dark, at 1280 and 390 pixels, with the network off: axe-core finds nothing."""
-    run = RunFolder(finished[0] / "runs/mine")
-    pages = [run.path / "report.html", run.output("monitor/dashboard.html"), *sorted(run.output("handover/pack").glob("*.html"))]
-    assert [page.name for page in pages[2:]] == ["data_card.html", "index.html", "model_card.html", "report.html"]
-    assert {name: seen for page in pages[:-1] for name, seen in problems(chromium, page, tmp_path).items()} == {}
-
-
-def test_the_report_prints_as_a_pdf_with_its_summary_on_the_first_page(finished, chromium):
-    page = chromium.new_page(color_scheme="dark")
-    page.goto((finished[0] / "runs/mine/report.html").as_uri())
-    page.emulate_media(media="print")
-    assert page.eval_on_selector("body", "body => getComputedStyle(body).color") == "rgb(28, 36, 48)", "ink is dark on paper, whatever the screen's scheme"
-    assert page.eval_on_selector("#verdict", "section => getComputedStyle(section).breakBefore") == "page"
-    assert page.pdf(format="A4", prefer_css_page_size=True)[:5] == b"%PDF-"
-    page.close()
 
 
 @pytest.fixture
