@@ -2,6 +2,7 @@
 
 Sources are read from the repository's root, so that a link from README, a notebook or a page means the same here and on a code host.
 """
+import json
 import re
 import sys
 from configparser import ConfigParser
@@ -44,6 +45,16 @@ def plain(app, what, name, obj, options, lines: list[str]) -> None:
         lines[number] = "`".join(parts)
 
 
+def without_directives(app, page: str, source: list[str]) -> None:
+    """Leave out what notebooks tell nbdev (`#| export`), and cells that hold nothing else."""
+    if page.startswith("nbs/"):
+        notebook = json.loads(source[0])
+        for cell in notebook["cells"]:
+            cell["source"] = [line for line in cell["source"] if not line.startswith("#|")]
+        notebook["cells"] = [cell for cell in notebook["cells"] if cell["source"]]
+        source[0] = json.dumps(notebook)
+
+
 def scrolled_by_keyboard(app, page, template, context: dict, doctree) -> None:
     """What is wider than its place scrolls by itself, and so must be reached by the keyboard."""
     context["body"] = context.get("body", "").replace("<pre>", '<pre tabindex="0">').replace('<div class="table-wrapper', '<div tabindex="0" class="table-wrapper')
@@ -55,5 +66,6 @@ def setup(app) -> None:
     All modules are imported by that: autodoc itself would import them with TYPE_CHECKING on, which MLflow and FastAPI do not survive.
     """
     write_pages(Path(__file__).parent / "api")
+    app.connect("source-read", without_directives)
     app.connect("autodoc-process-docstring", plain)
     app.connect("html-page-context", scrolled_by_keyboard)

@@ -74,8 +74,7 @@ def test_both_models_are_asked_and_nobody_else(visit, served):
     assert {url.removeprefix(served.url) for url in visit.requests} == {"/", "/v1/models", "/v1/chat/completions", "/v1/completions"}
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("scheme, width", [("light", 1280), ("dark", 390)])
 def test_the_page_is_readable_before_and_after_an_answer(visit, scheme, width):
     visit.page.emulate_media(color_scheme=scheme)
     visit.page.set_viewport_size({"width": width, "height": 900})
