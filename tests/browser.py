@@ -7,7 +7,7 @@ from typing import NamedTuple
 import pytest
 
 CHROMIUM = Path("/usr/bin/chromium")
-LOOKS = [("light", 1280), ("dark", 1280), ("light", 390), ("dark", 390)]
+LOOKS = [("light", 1280), ("dark", 390)]  # each scheme and each width once: colours do not depend on the width, nor the width on colours
 
 
 @pytest.fixture(scope="module")
