@@ -28,7 +28,7 @@ def apply_diff(notebook: Path, block: Block) -> None:
 
 def add_cell(notebook: Path, block: Block) -> None:
     """Add a block as a cell to a notebook, which is made if need be."""
-    content = nbformat.read(notebook, 4) if notebook.exists() else nbformat.v4.new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "python3"}})
+    content = nbformat.read(notebook, 4) if notebook.exists() else nbformat.v4.new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}})
     make = nbformat.v4.new_markdown_cell if block.language == "markdown" else nbformat.v4.new_code_cell
     content.cells.append(make(block.text.rstrip(), metadata={"tags": block.notebook.split()[1:]}))
     nbformat.write(content, notebook)

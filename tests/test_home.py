@@ -29,6 +29,11 @@ def test_the_version_is_the_same_everywhere():
     assert re.search(r"^## (\S+)", (REPO / "CHANGELOG.md").read_text().replace(",", ""), re.M).group(1) == version
 
 
+def test_contributing_knows_every_target():
+    targets = re.findall(r"^([a-z][a-z-]*):", (REPO / "Makefile").read_text(), re.M)
+    assert [target for target in targets if f"`make {target}`" not in (REPO / "CONTRIBUTING.md").read_text()] == []
+
+
 def test_hooks_are_of_this_repository_and_are_there():
     """They need no network: each is a program of .venv, and each looks at files that exist."""
     (repo,) = yaml.safe_load((REPO / ".pre-commit-config.yaml").read_text())["repos"]
