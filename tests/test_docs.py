@@ -15,6 +15,7 @@ from markdown_it import MarkdownIt
 from finetune_accel.core.cli import app
 from finetune_accel.core.engagement import load_engagement, phases, read_yaml, shipped_engagements
 from finetune_accel.core.errors import BadInput
+from finetune_accel.core.settings import own_fields
 
 REPO = Path(__file__).parent.parent
 PAGES = [REPO / "README.md", REPO / "CONTRIBUTING.md", *sorted((REPO / "docs").glob("*.md")), *sorted((REPO / "docs/howto").glob("*.md"))]
@@ -155,6 +156,15 @@ def test_every_command_in_a_sentence_exists(page):
             assert words[0] in GROUP.commands, text
             options = {option for parameter in GROUP.commands[words[0]].params for option in [*parameter.opts, *parameter.secondary_opts]}
             assert {word.split("=")[0] for word in words if word.startswith("--")} <= options, text
+
+
+def test_the_reference_names_every_command_and_every_key(monkeypatch):
+    monkeypatch.syspath_prepend(str(REPO / "docs"))
+    from reference import commands_page, settings_page
+
+    commands, settings = commands_page(), settings_page()
+    assert [name for name in GROUP.commands if f"## finetune-accel {name}\n" not in commands] == []
+    assert [(phase.name, key) for phase in phases() for key in own_fields(phase.settings) if f"| `{key}` |" not in settings.split(f"## {phase.name}\n")[1].split("\n## ")[0]] == []
 
 
 @pytest.mark.parametrize("language, text", [
