@@ -145,5 +145,5 @@ def test_declared_libraries_are_used():
     code = "\n".join(p.read_text() for p in [*PACKAGE.rglob("*.py"), *(REPO / "nbs").rglob("*.ipynb"), REPO / "Makefile"])
     for library, use in {"jupyterlab": "jupyter lab", "papermill": "import papermill", "nbdev": "nbdev_export", "transformers": "from transformers",
                          "peft": "from peft", "datasets": "from datasets", "torch": "import torch", "mlflow": "import mlflow",
-                         "ipywidgets": "import ipywidgets"}.items():
+                         "ipywidgets": "import ipywidgets", "ruamel.yaml": "from ruamel.yaml"}.items():
         assert f"{library}" in settings and use in code, library
