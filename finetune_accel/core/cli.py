@@ -46,8 +46,8 @@ def on_a_job_machine(context: typer.Context,
 
 # %% auto #0
 __all__ = ['app', 'console', 'Overrides', 'RunDir', 'Engine', 'Unpickle', 'on_a_job_machine', 'init', 'check', 'scaffold',
-           'validate_file', 'list_phases', 'doctor', 'Screen', 'run', 'show_grid', 'prove', 'show_run', 'handover',
-           'quiz', 'report', 'serve', 'score', 'endpoint', 'main']
+           'validate_file', 'list_phases', 'doctor', 'lab', 'Screen', 'run', 'show_grid', 'prove', 'show_run',
+           'handover', 'quiz', 'report', 'serve', 'score', 'endpoint', 'main']
 
 # %% ../../nbs/core/cli.ipynb #bfc8f08e
 @app.command()
@@ -138,6 +138,20 @@ def doctor(workspace: Annotated[Optional[str], typer.Option(help="catalog.schema
     console.print(table)
     if not all(finding.ok for finding in findings if finding.needed):
         raise typer.Exit(1)
+
+# %% ../../nbs/core/cli.ipynb #1ab00002
+@app.command()
+def lab(engagement: Annotated[str, typer.Argument(help="file, or name of a shipped one")],
+        run_dir: Annotated[Optional[Path], typer.Option(help="run folder, default runs/NAME")] = None,
+        start: Annotated[bool, typer.Option(help="open them in JupyterLab")] = True) -> None:
+    """Put an engagement's settings into the notebooks, in its run folder, and open them."""
+    from finetune_accel.core.lab import start_lab, write_notebooks
+
+    loaded = load_engagement(engagement)
+    folder = write_notebooks(loaded, resolve_run_dir(run_dir.absolute() if run_dir else f"runs/{loaded.common.name}"))
+    console.print(f"notebooks: {folder}", soft_wrap=True, markup=False, highlight=False)
+    if start:
+        start_lab(folder)
 
 # %% ../../nbs/core/cli.ipynb #bb252c21
 class Screen:
