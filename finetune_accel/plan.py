@@ -129,7 +129,8 @@ def warnings(settings: PlanSettings, today: str) -> list[str]:
 def in_short(settings: PlanSettings, today: str) -> str:
     """Return as HTML what the plan amounts to: the interview's recommendation, what is open, the days that are used, the warnings."""
     scientist, manager = sum(one.scientist_days for one in settings.work), sum(one.manager_days for one in settings.work)
-    lines = [f"The interview speaks for {recommend(settings.interview).in_words}" if settings.interview else "No interview was recorded.",
+    said = recommend(settings.interview) if settings.interview else None
+    lines = [f"The interview speaks for {said.approach}: {said.because}." if said else "No interview was recorded.",
              f"{scientist:g} days of a data scientist, {manager:g} of a project manager.",
              *(f"Open and blocking: {item.item} ({item.who})." for item in open_blockers(settings)), *(f"Note: {text}." for text in warnings(settings, today))]
     return "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in lines) + "</ul>"

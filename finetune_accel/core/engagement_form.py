@@ -16,7 +16,7 @@ from .engagement import CommonSettings, phases
 from .engagement_text import new_text, plain, read_text, to_write, write_engagement
 from .errors import BadInput, FinetuneAccelError
 from .settings import PhaseSettings, own_fields, validate
-from .widgets import Group, complaint, interactive
+from .widgets import Group, Rows, complaint, interactive
 
 # %% auto #0
 __all__ = ['mistakes', 'steps', 'EngagementForm', 'engagement_form']
@@ -43,7 +43,7 @@ def steps(place: str) -> tuple[Any, ...]:
 
 # %% ../../nbs/core/engagement_form.ipynb #8d5c36ea
 class EngagementForm:
-    """Inputs over an engagement file: `open`, edit, `save`. `notes` are {phase: function of its settings that returns HTML to show below}."""
+    """Inputs over an engagement file: `open`, edit, `save`. `notes` are {phase: function of its settings that returns HTML to show above its fields}."""
 
     def __init__(self, name_or_path: str, notes: dict[str, Callable[[Any], str]] | None = None):
         self.notes, self.says, self.tabs = notes or {}, ipywidgets.HTML(), ipywidgets.Tab()
@@ -75,7 +75,7 @@ class EngagementForm:
         for phase in self.phases:
             self.groups[phase.name] = Group((phase.name,), own_fields(phase.settings), content[phase.name] or {}, lambda name=phase.name: self.check(name))
         self.noted = {name: ipywidgets.HTML() for name in self.groups}
-        self.tabs.children = [ipywidgets.VBox([group.box, self.noted[name]]) for name, group in self.groups.items()]
+        self.tabs.children = [ipywidgets.VBox([self.noted[name], group.box]) for name, group in self.groups.items()]
         self.tabs.titles = [name or "engagement" for name in self.groups]
         self.check()
 
@@ -92,6 +92,9 @@ class EngagementForm:
                 said[path] = f"{error.place}: {error.rule}. Fix: {error.fix}."
             for path, says in places.items():
                 says.value = complaint(said.get(path, ""))
+            for fold in (one for one in self.groups[section].leaves() if isinstance(one, Rows)):
+                for path in (path for path in said if path[:len(fold.path)] == fold.path):
+                    fold.reveal(path)
             if section in self.notes:
                 self.noted[section].value = self.notes[section](self.settings(section)) if not wrong else ""
             found += wrong

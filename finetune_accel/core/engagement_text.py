@@ -60,9 +60,25 @@ def new_text(text: str, content: dict) -> str:
     yaml.indent(mapping=2, sequence=4, offset=2)
     document = yaml.load(text) or {}
     yaml.dump(_merged(document, content), out)
-    if plain(read_yaml(out.getvalue(), "engagement")) != content:
-        raise BadInput("engagement", "holds a value that YAML would read as another one", "write letters, digits and common signs only")
-    return out.getvalue()
+    for written in (_spaced(text, out.getvalue()), out.getvalue()):
+        if plain(read_yaml(written, "engagement")) == content:
+            return written
+    raise BadInput("engagement", "holds a value that YAML would read as another one", "write letters, digits and common signs only")
+
+
+def _spaced(before: str, after: str) -> str:
+    """Return `after` with the empty lines that ended a section of `before` at the section's end again, behind keys that were added."""
+    old, lines, moved = before.splitlines(), [], 0
+    ends = {line.split(":")[0] for line, empty, then in zip(old, old[1:], old[2:]) if line.startswith(" ") and not empty.strip() and then[:1] not in ("", " ")}
+    new = after.splitlines()
+    for line, then in zip(new, [*new[1:], ""]):
+        if not line.strip() and then.startswith(" ") and lines and lines[-1].split(":")[0] in ends:
+            moved += 1
+        else:
+            lines += [""] * moved if line[:1] not in ("", " ") else []
+            moved = 0 if line[:1] not in ("", " ") else moved
+            lines.append(line)
+    return "\n".join(lines) + "\n"
 
 
 def _merged(old: Any, new: Any) -> Any:

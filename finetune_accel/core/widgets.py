@@ -24,7 +24,7 @@ from .processes import RUN_MARK
 
 # %% auto #0
 __all__ = ['Place', 'Changed', 'STYLES', 'interactive', 'complaint', 'unwrapped', 'looks', 'message', 'choices', 'Leaf', 'Group',
-           'initial', 'Rows', 'make_input']
+           'initial', 'Rows', 'about', 'make_input']
 
 # %% ../../nbs/core/widgets.ipynb #4aae5804
 Place = tuple[Any, ...]  # where a value stands: ("plan", "criteria", 0, "at_least")
@@ -133,14 +133,17 @@ def initial(field: FieldInfo, values: dict, key: str) -> Any:
 
 
 class Rows:
-    """The inputs of a list of models, or (`single`) of a model that may be absent."""
+    """The inputs of a list of models, or (`single`) of a model that may be absent: folded up, under what each is about."""
 
     def __init__(self, path: Place, model: type[BaseModel], value: Any, changed: Changed, single: bool):
-        self.path, self.model, self.changed, self.single, self.says = path, model, changed, single, message()
+        self.path, self.model, self.single, self.says = path, model, single, message()
+        self.changed = lambda: (self._title(), changed())
         self.groups = [self._group(i, one) for i, one in enumerate(([value] if value else []) if single else value or [])]
-        self.add = ipywidgets.Button(description=f"add to {path[-1]}", icon="plus")
+        self.add = ipywidgets.Button(description=f"add to {path[-1]}", icon="plus", layout=looks(ipywidgets.Layout, width="auto"))
         self.add.on_click(lambda _: self._append())
-        self.box = ipywidgets.VBox()
+        self.folds = ipywidgets.Accordion(layout=looks(ipywidgets.Layout))
+        self.inside = ipywidgets.VBox(layout=looks(ipywidgets.Layout))
+        self.box = ipywidgets.Accordion([self.inside], layout=looks(ipywidgets.Layout))
         self._draw()
 
     def _group(self, number: int, values: dict) -> Group:
@@ -149,6 +152,7 @@ class Rows:
     def _append(self) -> None:
         self.groups.append(self._group(len(self.groups), {}))
         self._draw()
+        self.folds.selected_index = len(self.groups) - 1
         self.changed()
 
     def _remove(self, group: Group) -> None:
@@ -160,11 +164,23 @@ class Rows:
     def _draw(self) -> None:
         framed = []
         for group in self.groups:
-            remove = ipywidgets.Button(description=f"remove this of {self.path[-1]}", icon="trash", layout=ipywidgets.Layout(width="auto"))
+            remove = ipywidgets.Button(description=f"remove this of {self.path[-1]}", icon="trash", layout=looks(ipywidgets.Layout, width="auto"))
             remove.on_click(lambda _, group=group: self._remove(group))
-            framed.append(ipywidgets.VBox([group.box, remove], layout=ipywidgets.Layout(border="1px solid #ccc", margin="3px", padding="4px")))
-        more = [] if self.single and self.groups else [self.add]
-        self.box.children = (ipywidgets.HTML(f"<b>{escape(str(self.path[-1]))}</b>"), self.says, *framed, *more)
+            framed.append(ipywidgets.VBox([group.box, remove], layout=looks(ipywidgets.Layout)))
+        self.folds.children = framed
+        self.inside.children = (self.says, self.folds, *([] if self.single and self.groups else [self.add]))
+        self._title()
+
+    def _title(self) -> None:
+        self.folds.titles = [about(group) for group in self.groups]
+        self.box.titles = [f"{self.path[-1]}: {'; '.join(self.folds.titles) or 'none'}"[:150]]
+
+    def reveal(self, place: Place) -> None:
+        """Unfold what stands at `place`."""
+        self.box.selected_index = 0
+        number = 0 if self.single else place[len(self.path)] if len(place) > len(self.path) else None
+        if number is not None and number < len(self.groups):
+            self.folds.selected_index = number
 
     def value(self) -> Any:
         """Return the list, or the model's values, or None. Raises BadInput."""
@@ -174,6 +190,12 @@ class Rows:
     def leaves(self) -> list[Leaf | Group | Rows]:
         """Return itself and every input inside of it."""
         return [self, *(leaf for group in self.groups for leaf in group.leaves())]
+
+
+def about(group: Group) -> str:
+    """Return the first three things that are said in a group, as its title."""
+    said = [str(one.input.value) for one in group.inputs.values() if isinstance(one, Leaf) and one.input.value not in ("", None)]
+    return " \u00b7 ".join(said[:3])[:90]
 
 
 def make_input(path: Place, field: FieldInfo, value: Any, changed: Changed) -> Leaf | Group | Rows:
