@@ -130,7 +130,7 @@ class EngagementForm:
         self.text, self.opened, self.before = text, file.resolve(), self.content()
         self.says.value = f"saved: finetune-accel run {escape(path)} &nbsp; ({len(saved.sections)} phases, SHA-256 {saved.digest[:12]})"
 
-
+# %% ../../nbs/core/engagement_form.ipynb #bdec7a88
 def engagement_form(settings: PhaseSettings, phase: str, notes: dict[str, Callable[[Any], str]] | None = None) -> EngagementForm | None:
     """Show a form that starts from the shipped engagement of that name (or from the starter), with this phase's settings as they are; None if headless."""
     from IPython.display import display

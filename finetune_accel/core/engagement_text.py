@@ -53,17 +53,28 @@ def _inside(model: type[BaseModel] | None, value: Any, before: Any) -> Any:
 # %% ../../nbs/core/engagement_text.ipynb #fcebff46
 def new_text(text: str, content: dict) -> str:
     """Return `text`, an engagement file, changed so that it says `content`, with its comments. Raises BadInput if that cannot be said."""
-    from ruamel.yaml import YAML
-
-    yaml, out = YAML(), StringIO()
-    yaml.preserve_quotes, yaml.width = True, 160
-    yaml.indent(mapping=2, sequence=4, offset=2)
+    yaml, out = _keeper(), StringIO()
     document = yaml.load(text) or {}
     yaml.dump(_merged(document, content), out)
     for written in (_spaced(text, out.getvalue()), out.getvalue()):
         if plain(read_yaml(written, "engagement")) == content:
             return written
     raise BadInput("engagement", "holds a value that YAML would read as another one", "write letters, digits and common signs only")
+
+
+def _keeper() -> Any:
+    """Return a reader and writer that keeps comments, quotes and the word null."""
+    from ruamel.yaml import YAML
+    from ruamel.yaml.representer import RoundTripRepresenter
+
+    class WithNull(RoundTripRepresenter):
+        """Writes null, where the library would write nothing."""
+
+    WithNull.add_representer(type(None), lambda writer, _: writer.represent_scalar("tag:yaml.org,2002:null", "null"))
+    yaml = YAML()
+    yaml.Representer, yaml.preserve_quotes, yaml.width = WithNull, True, 160
+    yaml.indent(mapping=2, sequence=4, offset=2)
+    return yaml
 
 
 def _spaced(before: str, after: str) -> str:
@@ -80,7 +91,7 @@ def _spaced(before: str, after: str) -> str:
             lines.append(line)
     return "\n".join(lines) + "\n"
 
-
+# %% ../../nbs/core/engagement_text.ipynb #f6100388
 def _merged(old: Any, new: Any) -> Any:
     """Return `new` in the shape of `old`, changing `old` in place where both are mappings or both are lists."""
     if isinstance(old, dict) and isinstance(new, dict):
@@ -124,7 +135,7 @@ def _misread(text: str) -> bool:
     except BadInput:
         return True
 
-# %% ../../nbs/core/engagement_text.ipynb #63ae5ed7
+# %% ../../nbs/core/engagement_text.ipynb #3f23f35e
 def read_text(name_or_path: str) -> tuple[Path, str, dict]:
     """Return path, text and content (as JSON holds it) of a checked engagement file, or of a shipped one. Raises BadInput."""
     path = load_engagement(name_or_path).path

@@ -15,10 +15,11 @@ import nbformat
 from .engagement import Engagement, phases
 
 # %% auto #0
-__all__ = ['PICTURE', 'injected', 'write_notebooks', 'start_lab']
+__all__ = ['PICTURE', 'LINK', 'injected', 'write_notebooks', 'start_lab']
 
 # %% ../../nbs/core/lab.ipynb #da1a16cc
 PICTURE = re.compile(r"!\[[^\]]*\]\(\.\./docs/[^)]*\)")
+LINK = re.compile(r"\[([^\]]*)\]\(([\w.]+\.ipynb)\)")
 
 
 def injected(notebook: nbformat.NotebookNode) -> str:
@@ -33,11 +34,13 @@ def write_notebooks(engagement: Engagement, run_dir: Path) -> Path:
 
     folder = run_dir / "notebooks"
     folder.mkdir(parents=True, exist_ok=True)
-    for phase in (phase for phase in phases() if phase.name in engagement.sections):
+    chosen = [phase for phase in phases() if phase.name in engagement.sections]
+    names = {phase.notebook.name for phase in chosen}
+    for phase in chosen:
         settings, target = engagement.settings(phase, run_dir).model_dump(mode="json"), folder / phase.notebook.name
         notebook = parameterize_notebook(load_notebook_node(str(phase.notebook)), settings)
-        for cell in notebook.cells:
-            cell.source = PICTURE.sub("", cell.source) if cell.cell_type == "markdown" else cell.source
+        for cell in (cell for cell in notebook.cells if cell.cell_type == "markdown"):
+            cell.source = LINK.sub(lambda found: found[0] if found[2] in names else found[1], PICTURE.sub("", cell.source))
         if target.exists():
             if injected(nbformat.read(target, as_version=4)) == injected(notebook):
                 continue

@@ -72,7 +72,7 @@ def choices(kind: Any, optional: bool, value: Any) -> list[tuple[str, Any]]:
     options = typing.get_args(kind) if typing.get_origin(kind) is Literal else (True, False) if kind is bool and optional else ()
     return [*([("-", None)] if options and (optional or value is None) else []), *((str(one), one) for one in options)]
 
-
+# %% ../../nbs/core/widgets.ipynb #f9527fb9
 class Leaf:
     """The input of one value; `says` stands beside it for what is wrong with it."""
 
@@ -107,7 +107,7 @@ class Leaf:
         """Return itself, as the only one."""
         return [self]
 
-# %% ../../nbs/core/widgets.ipynb #c4856d72
+# %% ../../nbs/core/widgets.ipynb #1e57249f
 class Group:
     """The inputs of a model's fields."""
 
@@ -131,7 +131,7 @@ def initial(field: FieldInfo, values: dict, key: str) -> Any:
         return values[key]
     return None if field.is_required() else plain(field.get_default(call_default_factory=True))
 
-
+# %% ../../nbs/core/widgets.ipynb #842f30db
 class Rows:
     """The inputs of a list of models, or (`single`) of a model that may be absent: folded up, under what each is about."""
 
@@ -197,7 +197,7 @@ def about(group: Group) -> str:
     said = [str(one.input.value) for one in group.inputs.values() if isinstance(one, Leaf) and one.input.value not in ("", None)]
     return " \u00b7 ".join(said[:3])[:90]
 
-
+# %% ../../nbs/core/widgets.ipynb #6fc32fbb
 def make_input(path: Place, field: FieldInfo, value: Any, changed: Changed) -> Leaf | Group | Rows:
     """Return the input for a pydantic field that shows `value` (as JSON holds it); `changed` is called after each edit."""
     kind, optional = unwrapped(field.annotation)
