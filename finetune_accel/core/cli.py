@@ -82,7 +82,7 @@ def check(target: str) -> None:
         found = f"{engagement.path.name} is valid: {', '.join(engagement.sections)}"
     console.print(found, soft_wrap=True, markup=False, highlight=False)
 
-
+# %% ../../nbs/core/cli.ipynb #690e3aef
 @app.command()
 def scaffold(folder: Path, defaults: Annotated[bool, typer.Option("--defaults", help="ask nothing")] = False,
              data: Annotated[list[str], typer.Option(help="NAME=VALUE: the answer to a question, may be repeated")] = []) -> None:
@@ -108,7 +108,7 @@ def validate_file(file: str, form: Annotated[str, typer.Option("--as", help="cha
     if not verdict.rows or not verdict.ours_accepts:
         raise BadInput(file, f"not every row keeps the rules of {form}" if verdict.rows else "has no rows", "mend the rows listed above")
 
-
+# %% ../../nbs/core/cli.ipynb #d6349c09
 @app.command(name="phases")
 def list_phases() -> None:
     """List the phases: notebook, what each reads, and its parameters."""
@@ -353,7 +353,7 @@ def serve(target: str, host: str = "127.0.0.1", port: Annotated[int, typer.Optio
     serve_model(target, host=host, port=port, engine=engine, also=more, adapters=_named(adapter, "--adapter"), table=table, no_token=no_token,
                 trusted=unpickle)
 
-
+# %% ../../nbs/core/cli.ipynb #7aa97d3c
 @app.command()
 def score(source: str, model: Annotated[str, typer.Option(help="run folder, models:/name@alias or model folder")],
           out: Annotated[Path, typer.Option(help="folder of the Delta table of answers; OUT_set_aside has the rows that have none")],
@@ -402,7 +402,7 @@ def score(source: str, model: Annotated[str, typer.Option(help="run folder, mode
     if counts.left and not follow:
         raise GateNotMet("stopped before all rows were asked; the same command (with a higher --token-cap, if that was reached) goes on")
 
-
+# %% ../../nbs/core/cli.ipynb #7e1b7d54
 def _json_object(text: bytes, place: str) -> dict:
     """Return the JSON object in a file. Raises BadInput."""
     try:
@@ -430,7 +430,7 @@ def endpoint(target: str, name: Annotated[Optional[str], typer.Option(help="of t
                                   table=table)
     console.print(yaml.safe_dump(outcome, sort_keys=False), soft_wrap=True, markup=False, highlight=False)
 
-
+# %% ../../nbs/core/cli.ipynb #52d10e69
 def main() -> None:
     """Run the command line; what was refused on purpose ends with its message and exit code."""
     try:
