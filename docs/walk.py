@@ -151,7 +151,7 @@ def fill_in(form: Locator, wanted: dict) -> None:
         form.locator(".lm-TabBar-tab", has_text=re.compile(f"^{tab}$")).click()
         return tabs
 
-    enter(turn_to("engagement"), "name", wanted["name"])
+    enter(turn_to("general"), "name", wanted["name"])
     plan = turn_to("plan")
     for key, add in (("interview", wanted["plan"]["interview"]), ("machines", wanted["plan"]["machines"][0])):
         frame = unfold(form, key)

@@ -76,7 +76,7 @@ class EngagementForm:
             self.groups[phase.name] = Group((phase.name,), own_fields(phase.settings), content[phase.name] or {}, lambda name=phase.name: self.check(name))
         self.noted = {name: ipywidgets.HTML() for name in self.groups}
         self.tabs.children = [ipywidgets.VBox([self.noted[name], group.box]) for name, group in self.groups.items()]
-        self.tabs.titles = [name or "engagement" for name in self.groups]
+        self.tabs.titles = [name or "general" for name in self.groups]
         self.check()
 
     def check(self, name: str = "") -> list[BadInput]:

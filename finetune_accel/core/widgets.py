@@ -152,7 +152,7 @@ class Rows:
     def _append(self) -> None:
         self.groups.append(self._group(len(self.groups), {}))
         self._draw()
-        self.folds.selected_index = len(self.groups) - 1
+        self.reveal((*self.path, len(self.groups) - 1))
         self.changed()
 
     def _remove(self, group: Group) -> None:
@@ -167,20 +167,20 @@ class Rows:
             remove = ipywidgets.Button(description=f"remove this of {self.path[-1]}", icon="trash", layout=looks(ipywidgets.Layout, width="auto"))
             remove.on_click(lambda _, group=group: self._remove(group))
             framed.append(ipywidgets.VBox([group.box, remove], layout=looks(ipywidgets.Layout)))
-        self.folds.children = framed
-        self.inside.children = (self.says, self.folds, *([] if self.single and self.groups else [self.add]))
+        self.folds.children = () if self.single else framed
+        self.inside.children = (self.says, *(framed or [self.add])) if self.single else (self.says, self.folds, self.add)
         self._title()
 
     def _title(self) -> None:
-        self.folds.titles = [about(group) for group in self.groups]
-        self.box.titles = [f"{self.path[-1]}: {'; '.join(self.folds.titles) or 'none'}"[:150]]
+        titles = [about(group) for group in self.groups]
+        self.folds.titles = () if self.single else titles
+        self.box.titles = [f"{self.path[-1]}: {'; '.join(titles) or 'none'}"[:150]]
 
     def reveal(self, place: Place) -> None:
         """Unfold what stands at `place`."""
         self.box.selected_index = 0
-        number = 0 if self.single else place[len(self.path)] if len(place) > len(self.path) else None
-        if number is not None and number < len(self.groups):
-            self.folds.selected_index = number
+        if not self.single and len(place) > len(self.path) and place[len(self.path)] < len(self.groups):
+            self.folds.selected_index = place[len(self.path)]
 
     def value(self) -> Any:
         """Return the list, or the model's values, or None. Raises BadInput."""
