@@ -67,9 +67,9 @@ def table_html(rows: Sequence[dict], said: str = "") -> str:
     """Return rows as an HTML table under a sentence; long texts are cut, everything is escaped."""
     def cell(value: Any) -> str:
         text = "" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
-        return f"<td style='text-align:left;vertical-align:top;white-space:pre-wrap'>{escape(text[:LONGEST_CELL] + ('…' if len(text) > LONGEST_CELL else ''))}</td>"
+        return f"<td style='text-align:left;vertical-align:top;white-space:pre-wrap;padding:2px 10px 2px 0'>{escape(text[:LONGEST_CELL] + ('…' if len(text) > LONGEST_CELL else ''))}</td>"
 
-    head = "".join(f"<th style='text-align:left'>{escape(name)}</th>" for name in (rows[0] if rows else []))
+    head = "".join(f"<th style='text-align:left;padding-right:10px'>{escape(name)}</th>" for name in (rows[0] if rows else []))
     body = "".join(f"<tr>{''.join(cell(value) for value in row.values())}</tr>" for row in rows)
     return f"<p>{escape(said)}</p><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
