@@ -161,7 +161,7 @@ def fill_in(form: Locator, wanted: dict) -> None:
             enter(frame, label, value)
     enter(plan, "start", wanted["plan"]["start"])
     for tab, keys in (("prepare", ["limit"]), ("benchmark", ["examples_in_prompt", "items"]), ("train", ["max_steps", "evaluations", "dev_items"]),
-                      ("evaluate", ["items", "examples_in_prompt", "general_texts"]), ("serve", ["engines"])):
+                      ("evaluate", ["items", "examples_in_prompt", "general_texts", "slices"]), ("serve", ["engines"])):
         panel = turn_to(tab)
         for key in keys:
             enter(panel, key, wanted[tab][key])
