@@ -9,6 +9,7 @@
 # make scoring  rows a second beside a loop over transformers' pipeline (RUN); make kills: jobs and streams killed ten times in each of four ways
 # make drift  what the monitor finds and how often it is wrong; make million: a million requests through it; make loop: from an alert to the next champion
 # make ray    scoring in Ray, killed; make vllm: the engine vllm with a vLLM of its own in .venv-vllm (VLLM=vllm on an NVIDIA GPU)
+# make newcomer   a newcomer's path, timed: clone, first verdict, served model, own data, second engagement
 # make combinations   every combination of the scaffold's choices, checked without a workspace
 # make faults   kills, full disks, lost servers and broken files against real trainings and runs; results in benchmarks/faults.md (as root: it mounts small disks)
 # make gpu    on one NVIDIA GPU: speed beside TRL (and Unsloth: UNSLOTH=FOLDER), memory, exactness, FP8 and four bits on real weights
@@ -19,7 +20,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test slow lock locked lab sync benchmark generation scale scoring kills faults serving drift loop million ray vllm combinations gpu many two-gpus walk clean
+.PHONY: demo test slow lock locked lab sync benchmark generation scale scoring kills faults serving drift loop million ray vllm combinations newcomer gpu many two-gpus walk clean
 
 demo: .venv/.installed
 	$(BIN)/finetune-accel run home-intents
@@ -30,7 +31,7 @@ test slow: export TRITON_INTERPRET ?= $(if $(shell command -v nvidia-smi),0,1)
 test: .venv/.installed-dev
 	$(BIN)/python -m pytest -q tests/test_design.py
 	$(BIN)/nbdev_test --path nbs/core --n_workers 2
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=25 -m "not slow" --ignore=tests/test_design.py tests
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -n 2 --dist loadgroup --no-loadscope-reorder --durations=25 -m "not slow" --ignore=tests/test_design.py tests
 
 slow: .venv/.installed-dev
 	$(BIN)/python -m pytest -q -m slow tests
@@ -85,6 +86,9 @@ loop: .venv/.installed-dev
 
 combinations: .venv/.installed-dev
 	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python benchmarks/scaffold.py
+
+newcomer: .venv/.installed
+	$(BIN)/python benchmarks/newcomer.py
 
 scale: .venv/.installed-dev
 	$(BIN)/python benchmarks/prepare_scale.py

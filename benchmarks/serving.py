@@ -66,7 +66,8 @@ async def post(port: int, path: str, body: dict) -> tuple[list[float], bytes]:
         raise RuntimeError(f"{path}: {head.decode()} {(await reader.read()).decode()[:500]}")
     times, parts = [], []
     while part := await reader.read(65536):
-        times += [time.perf_counter()] * max(part.count(b'"content":"') + part.count(b'"content": "'), 0)
+        pieces = part.replace(b'": "', b'":"')
+        times += [time.perf_counter()] * (pieces.count(b'"content":"') - pieces.count(b'"content":""'))  # the first of ours has a role and no text
         parts.append(part)
     writer.close()
     return times, b"".join(parts)

@@ -47,9 +47,12 @@ LONG = ("test_end_to_end.py", "test_package.py", "test_approaches.py", "test_ser
         "test_existing_models.py", "test_prepare.py", "test_promote.py")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     # else one of two workers is left with an end of several minutes; `--no-loadscope-reorder` keeps this order
     items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+    for item in items:  # a file's tests go to one worker, as with `--dist loadfile`; all that need the whole run to the same, so that it is made once
+        item.add_marker(pytest.mark.xdist_group("finished" if "finished" in item.fixturenames else item.path.name))
 
 
 def finetune_accel(*arguments, cwd, code=0, **environment):

@@ -68,6 +68,8 @@ class EngineProcess:
         self.name, self.dtype, self.rows, self.tokenizers = (facts[key] for key in ("name", "dtype", "rows", "tokenizers"))
         self.tokenizer = self.tokenizers[None]
         self.model = SimpleNamespace(config=facts["config"], generation_config=facts["generation_config"])
+        self._writing: set[int] = set()  # answers that have not ended
+        self._ahead, self._ready = False, []  # is a step under way that nobody has asked for yet, and what such ones wrote
 
     def _result(self) -> Any:
         kind, result = self._pipe.recv()
@@ -77,10 +79,18 @@ class EngineProcess:
 
     def _call(self, *call: Any) -> Any:
         try:
+            self._collect()
             self._pipe.send(call)
             return self._result()
         except ConnectionError:
             raise EOFError("the engine's process has ended") from None
+
+    def _collect(self) -> None:
+        if self._ahead:
+            self._ahead = False
+            steps = self._result()
+            self._writing -= {step.number for step in steps if step.finish}
+            self._ready += steps
 
     def check(self, ask: Ask) -> None:
         """Raise BadInput for what the engine cannot honour."""
@@ -89,14 +99,30 @@ class EngineProcess:
     def add(self, number: int, ask: Ask) -> None:
         """Take a question."""
         self._call("add", number, ask)
+        self._writing.add(number)
 
     def step(self) -> list[Step]:
-        """Go one token on with all answers."""
-        return self._call("step")
+        """Return what the last step added to the answers, and let the child go on with those that have not ended."""
+        try:
+            if not self._ready and not self._ahead:
+                self._begin_step()
+            self._collect()
+            steps, self._ready = self._ready, []
+            if self._writing:
+                self._begin_step()
+            return steps
+        except ConnectionError:
+            raise EOFError("the engine's process has ended") from None
+
+    def _begin_step(self) -> None:
+        self._pipe.send(("step",))
+        self._ahead = True
 
     def cancel(self, number: int) -> None:
         """Forget an answer."""
         self._call("cancel", number)
+        self._writing.discard(number)
+        self._ready = [step for step in self._ready if step.number != number]
 
     def close(self) -> None:
         """End the child."""
