@@ -67,7 +67,7 @@ def table_html(rows: Sequence[dict], said: str = "") -> str:
     """Return rows as an HTML table under a sentence; long texts are cut, everything is escaped."""
     def cell(value: Any) -> str:
         text = "" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
-        return f"<td style='text-align:left;vertical-align:top;white-space:pre-wrap;padding:2px 10px 2px 0'>{escape(text[:LONGEST_CELL] + ('…' if len(text) > LONGEST_CELL else ''))}</td>"
+        return f"<td style='text-align:left;vertical-align:top;white-space:pre-wrap;overflow-wrap:anywhere;min-width:5em;padding:2px 10px 2px 0'>{escape(text[:LONGEST_CELL] + ('…' if len(text) > LONGEST_CELL else ''))}</td>"
 
     head = "".join(f"<th style='text-align:left;padding-right:10px'>{escape(name)}</th>" for name in (rows[0] if rows else []))
     body = "".join(f"<tr>{''.join(cell(value) for value in row.values())}</tr>" for row in rows)
@@ -116,7 +116,7 @@ def consequence(criterion: Criterion, threshold: float, score: dict, met: dict) 
     moved = criterion.model_copy(update={name: threshold})
     end, proven = score["high" if criterion.lower_is_better else "low"], criterion.better_than is None or met["verdict"] == "better"
     reached = clears(moved, score)
-    why = f"the interval ends at {end:.3f}" if not reached else "" if proven else f"better than {criterion.better_than}: {met['verdict'] or 'not asked'}"
+    why = f"the interval {'ends' if criterion.lower_is_better else 'starts'} at {end:.3f}" if not reached else "" if proven else f"better than {criterion.better_than}: {met['verdict'] or 'not asked'}"
     return {"criterion": criterion.name, name.replace("_", " "): float(threshold), "planned": getattr(criterion, name), "value": score["value"],
             "95 % interval": f"[{score['low']:.3f}, {score['high']:.3f}]", "would be": "met" if reached and proven else "not met", "because": why}
 
