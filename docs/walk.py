@@ -204,12 +204,16 @@ def look_at_rows(book: Notebook) -> None:
 def look_at_answers(book: Notebook) -> None:
     """05: move a threshold and see what would follow; compare two systems' answers."""
     moved = book.output("threshold_view(criteria, scores, met)")
-    assert "The verdict would be: not met" in moved.inner_text()
-    for _ in range(3):
-        moved.locator(".noUi-handle").press("PageDown")
+    planned = moved.inner_text()
+    for _ in range(4):
+        moved.locator(".noUi-handle").press("PageUp")
+    moved.get_by_text("The verdict would be: not met").wait_for()
     book.page.wait_for_timeout(1000)
+    assert moved.inner_text() != planned and "the interval starts at" in moved.inner_text()
     book.picture(moved, "walk-threshold")
     answers = book.output("answers_view(answered")
+    answers.get_by_label("which").select_option(label="only the other right")
+    answers.get_by_text(re.compile(r"^\d+ of \d+ items")).wait_for()
     answers.get_by_label("which").select_option(label="both alike")
     answers.get_by_text(re.compile(r"^\d+ of \d+ items")).wait_for()
     book.picture(answers, "walk-answers")
