@@ -23,8 +23,8 @@ from .errors import BadInput
 from .processes import RUN_MARK
 
 # %% auto #0
-__all__ = ['Place', 'Changed', 'STYLES', 'interactive', 'complaint', 'unwrapped', 'looks', 'message', 'choices', 'Leaf', 'Group',
-           'initial', 'Rows', 'about', 'make_input']
+__all__ = ['Place', 'Changed', 'TYPED', 'STYLES', 'interactive', 'complaint', 'unwrapped', 'looks', 'message', 'choices', 'Leaf',
+           'Group', 'initial', 'Rows', 'about', 'make_input']
 
 # %% ../../nbs/core/widgets.ipynb #4aae5804
 Place = tuple[Any, ...]  # where a value stands: ("plan", "criteria", 0, "at_least")
@@ -63,7 +63,8 @@ def message() -> ipywidgets.HTML:
     return ipywidgets.HTML(layout=looks(ipywidgets.Layout), style=looks(ipywidgets.widgets.widget_string.HTMLStyle))
 
 
-STYLES = {ipywidgets.Text: ipywidgets.widgets.widget_string.TextStyle, ipywidgets.Checkbox: ipywidgets.widgets.widget_bool.CheckboxStyle,
+TYPED = (ipywidgets.Text, ipywidgets.Textarea)
+STYLES = {**dict.fromkeys(TYPED, ipywidgets.widgets.widget_string.TextStyle), ipywidgets.Checkbox: ipywidgets.widgets.widget_bool.CheckboxStyle,
           ipywidgets.Dropdown: ipywidgets.widgets.widget_description.DescriptionStyle}
 
 
@@ -80,8 +81,13 @@ class Leaf:
         self.path, (self.kind, self.optional) = path, unwrapped(field.annotation)
         self.says, options = message(), choices(self.kind, self.optional, value)
         shared = {"description": str(path[-1]), "tooltip": field.description or str(path[-1]), "layout": looks(ipywidgets.Layout, width="620px")}
-        kind, more = (ipywidgets.Dropdown, {"options": options, "value": value}) if options else (ipywidgets.Checkbox, {"value": value}) if self.kind is bool else \
-            (ipywidgets.Text, {"value": self.shown(value), "placeholder": field.description or "", "continuous_update": False})
+        if options:
+            kind, more = ipywidgets.Dropdown, {"options": options, "value": value}
+        elif self.kind is bool:
+            kind, more = ipywidgets.Checkbox, {"value": value}
+        else:  # several lines need a field of several lines: the browser drops line ends from the other
+            kind = ipywidgets.Textarea if isinstance(value, str) and "\n" in value else ipywidgets.Text
+            more = {"value": self.shown(value), "placeholder": field.description or "", "continuous_update": False}
         self.input = kind(**shared, **more, style=looks(STYLES[kind], description_width="170px"))
         self.box = ipywidgets.HBox([self.input, self.says], layout=looks(ipywidgets.Layout))
         self.input.observe(lambda _: changed(), names="value")
@@ -95,7 +101,7 @@ class Leaf:
     def value(self) -> Any:
         """Return what stands in the field, as a file would hold it. Raises BadInput for text that cannot be read."""
         text = self.input.value
-        if not isinstance(self.input, ipywidgets.Text) or (self.kind is str and not (self.optional and text == "")):
+        if not isinstance(self.input, TYPED) or (self.kind is str and not (self.optional and text == "")):
             return text
         place = ".".join(map(str, self.path))
         try:
