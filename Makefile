@@ -16,11 +16,12 @@
 # make gpu    on one NVIDIA GPU: speed beside TRL (and Unsloth: UNSLOTH=FOLDER), memory, exactness, FP8 and four bits on real weights
 # make many   several processes on this machine: equal to one, killed, hung; the result is benchmarks/together.txt
 # make two-gpus   on a machine with two: one beside two, ddp and fsdp2
+# make walk   01 to 06 of a short home-intents in a real browser (Debian's chromium), with the form filled in; writes docs/walk-*.png
 # make sync   after editing a notebook: export the package, the parameters cells and README.md
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test docs slow lock locked lab sync benchmark generation scale scoring kills faults serving drift loop million ray vllm combinations newcomer gpu many two-gpus clean
+.PHONY: demo test docs slow lock locked lab sync benchmark generation scale scoring kills faults serving drift loop million ray vllm combinations newcomer gpu many two-gpus walk clean
 
 demo: .venv/.installed
 	$(BIN)/finetune-accel run home-intents
@@ -126,6 +127,9 @@ two-gpus: .venv/.installed-dev
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[gpu]"
 	$(BIN)/python benchmarks/gpu_many.py
 	$(BIN)/python benchmarks/gpu_many.py --only full-2-fsdp2 lora-2-fsdp2
+
+walk: .venv/.installed-dev
+	$(BIN)/python docs/walk.py
 
 clean:
 	rm -rf .venv build dist *.egg-info

@@ -117,7 +117,7 @@ class Scored:
             table.optimize.compact(target_size=64 << 20, max_concurrent_tasks=1)
             table.create_checkpoint()
 
-
+# %% ../../nbs/core/scored.ipynb #06b089c5
 @contextmanager
 def writing(folder: str | Path) -> Iterator[Scored]:
     """Yield the tables, which nobody else on this machine writes meanwhile. Raises BadInput."""
