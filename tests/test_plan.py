@@ -4,7 +4,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -14,7 +13,7 @@ from finetune_accel.core.engagement import load_engagement, phases, read_yaml, s
 from finetune_accel.core.engagement_form import EngagementForm
 from finetune_accel.core.engagement_text import new_text, plain, read_text
 from finetune_accel.core.errors import BadInput
-from finetune_accel.core.lab import injected, write_notebooks
+from finetune_accel.core.lab import write_notebooks
 
 SHIPPED = shipped_engagements()["home-intents"]
 

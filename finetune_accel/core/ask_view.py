@@ -9,7 +9,6 @@ import atexit
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from html import escape
-from typing import Any
 
 import httpx
 import ipywidgets

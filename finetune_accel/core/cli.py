@@ -21,7 +21,7 @@ from rich.table import Table
 from . import databricks_commands, monitor_commands, promotion_commands
 from .engagement import load_engagement, overrides_of, phases, shipped_engagements
 from .errors import BadInput, FinetuneAccelError, GateNotMet
-from .jobs import publishing
+from .job import giving_back, on_a_job_machine
 from .pipeline import run_again, run_engagement, run_grid
 from .runs import RunFolder, resolve_run_dir
 from .secrets import redact
@@ -35,17 +35,16 @@ console = Console(force_jupyter=False)  # a command line writes text, also where
 
 
 @app.callback()
-def on_a_job_machine(context: typer.Context,
-                     runs: Annotated[Optional[Path], typer.Option(help="volume whose run folders are fetched into ./runs before the command and given back after it")] = None,
-                     key: Annotated[Optional[str], typer.Option(help="sign with this key: a file, or secret:SCOPE/KEY of the workspace")] = None) -> None:
+def command_line(context: typer.Context,
+                 runs: Annotated[Optional[Path], typer.Option(help="folder of a Volume whose run folders the command finds in runs/, and which is given back what is "
+                                                                   "new, after each phase too; name other files by their whole path")] = None,
+                 key: Annotated[Optional[str], typer.Option(help="sign with this key: a file, or secret:SCOPE/KEY of the workspace")] = None) -> None:
     """From a company's own data to a fine-tuned model that it can prove is better, serve and operate alone."""
     if runs or key:
-        from finetune_accel.core import job
-
-        context.with_resource(job.on_a_job_machine(runs, resolve_run_dir("runs"), key))
+        context.obj = context.with_resource(on_a_job_machine(runs, key))
 
 # %% auto #0
-__all__ = ['app', 'console', 'Overrides', 'RunDir', 'Engine', 'Unpickle', 'on_a_job_machine', 'init', 'check', 'scaffold',
+__all__ = ['app', 'console', 'Overrides', 'RunDir', 'Engine', 'Unpickle', 'command_line', 'init', 'check', 'scaffold',
            'validate_file', 'list_phases', 'doctor', 'lab', 'Screen', 'run', 'show_grid', 'prove', 'show_run',
            'handover', 'quiz', 'report', 'serve', 'score', 'endpoint', 'main']
 
@@ -187,14 +186,13 @@ RunDir = Annotated[Optional[Path], typer.Option(help="run folder, default runs/N
 
 
 @app.command()
-def run(engagement: Annotated[Optional[str], typer.Argument(help="file, or name of a shipped one")] = None, run_dir: RunDir = None,
+def run(context: typer.Context, engagement: Annotated[Optional[str], typer.Argument(help="file, or name of a shipped one")] = None, run_dir: RunDir = None,
         with_file: Annotated[Optional[Path], typer.Option("--with", help="file with what is set otherwise here, written like the engagement; "
                                                                          "--set goes over it")] = None,
         from_phase: Annotated[Optional[str], typer.Option("--from")] = None,
         to_phase: Annotated[Optional[str], typer.Option("--to")] = None, overrides: Overrides = None,
         grid: Annotated[Optional[list[str]], typer.Option(help="section.key=a,b: one child run each, compared on dev")] = None,
         force: Annotated[bool, typer.Option(help="run phases again although nothing changed")] = False,
-        publish_to: Annotated[Optional[Path], typer.Option(help="Volume folder that gets the run folder after each phase; another machine goes on from it")] = None,
         again: Annotated[Optional[Path], typer.Option(help="run folder: do it once more in a fresh one, and say whether the same came out")] = None) -> None:
     """Run an engagement: a file or the name of a shipped one."""
     if again:
@@ -207,7 +205,7 @@ def run(engagement: Annotated[Optional[str], typer.Argument(help="file, or name 
     if grid and (from_phase or to_phase):
         raise BadInput("--grid", "chooses its own phases (up to train)", "leave out --from and --to")
     with _bars() as progress:
-        listener = publishing(Screen(progress), folder, publish_to) if publish_to else Screen(progress)
+        listener = giving_back(Screen(progress), context.obj) if context.obj else Screen(progress)
         if grid:
             rows = run_grid(engagement, overrides, grid, folder, force, listener)
         else:
