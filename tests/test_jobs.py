@@ -54,13 +54,11 @@ def test_a_machine_goes_on_from_what_another_published(tmp_path):
     """The job's own arguments, phase by phase, each with an empty disk; a folder stands for the Volume."""
     workspace = write_workspace(tmp_path / "volume")
     engagement = load_engagement(str(workspace / "mine.yaml"))
-    for phase, kept in (("plan", []), ("prepare", ["plan"])):
-        arguments = run_arguments(engagement, str(workspace), phase)
-        arguments[arguments.index("--run-dir") + 1] = str(tmp_path / f"disk-{phase}")
-        assert states(finetune_accel(*arguments, cwd=tmp_path)) == {phase: "done"}
-    again = finetune_accel("run", workspace / "mine.yaml", "--run-dir", tmp_path / "disk-3", "--publish-to", workspace / "runs/mine",
-                           "--to", "prepare", cwd=tmp_path)
+    for phase in ("plan", "prepare"):
+        assert states(finetune_accel(*run_arguments(engagement, str(workspace), phase), cwd=tmp_path)) == {phase: "done"}
+    again = finetune_accel(*run_arguments(engagement, str(workspace)), "--to", "prepare", cwd=tmp_path)
     assert states(again) == {"plan": "kept", "prepare": "kept"}
+    assert {path.name for path in tmp_path.iterdir()} == {"volume"} and (workspace / "runs/mine/prepare.json").exists()
 
 
 AIR = """

@@ -1,5 +1,4 @@
 """The wheel alone, in a clean environment without nbdev, runs an engagement."""
-import os
 import subprocess
 import sys
 import venv
@@ -7,19 +6,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import states, write_workspace
+from conftest import CLEAN, states, write_workspace
 
 REPO = Path(__file__).parent.parent
-CLEAN = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "VIRTUAL_ENV"))}
-
-
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    """The wheel of this checkout."""
-    folder = tmp_path_factory.mktemp("dist")
-    subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", folder, REPO], check=True)
-    (built,) = folder.glob("*.whl")
-    return built
 
 
 def test_the_wheel_holds_all_that_a_run_needs(wheel, tmp_path):

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from scaffolding import CHOICES, check_repository, combinations, render, run_tool, steps
+from scaffolding import CHOICES, check_repository, combinations, commit, git, render, run_tool, steps
 
 from finetune_accel.core.bundle import bundle_problems, check_bundle, read_bundle
 from finetune_accel.core.engagement import load_engagement, overrides_of, phases
 from finetune_accel.core.errors import BadInput
-from finetune_accel.core.job import fetch_runs, give_back_runs
+from finetune_accel.core.job import CarriedRuns
 from finetune_accel.core.repository import check_secrets
 from finetune_accel.core.scaffold import read_answers, scaffold
 
@@ -147,25 +147,17 @@ def test_what_cannot_be_rendered_is_refused_whole(tmp_path, default):
 def test_runs_travel_and_decisions_are_never_written_over(tmp_path):
     """A result half given back is not seen: the file that names it comes last."""
     runs, volume = tmp_path / "runs", tmp_path / "volume"
+    here, there = CarriedRuns(volume, runs), CarriedRuns(volume, tmp_path / "other")
     (runs / "mine/plan/k").mkdir(parents=True)
     (runs / "mine/plan/k/a.json").write_text("1")
     (runs / "mine/plan.json").write_text("{}")
     volume.mkdir()
-    assert give_back_runs(runs, volume) == 2
+    assert here.give_back() == 2
     written = sorted((path.stat().st_mtime_ns, path.name) for path in volume.rglob("*.json"))
-    assert written[-1][1] == "plan.json" and fetch_runs(volume, tmp_path / "other") == 2
+    assert written[-1][1] == "plan.json" and there.fetch() == 2
 
 
 # --- a later version of the template
-
-def git(*words: str, cwd: Path) -> str:
-    return run_tool("git", "-c", "user.name=t", "-c", "user.email=t@example.com", "-c", "init.defaultBranch=main", *words, cwd=cwd)
-
-
-def commit(folder: Path, message: str) -> None:
-    git("add", "-A", cwd=folder)
-    git("commit", "-qm", message, cwd=folder)
-
 
 def update(folder: Path, *words: str) -> None:
     done = subprocess.run([sys.executable, "-m", "copier", "update", "--defaults", "--quiet", *words], cwd=folder, capture_output=True, text=True)

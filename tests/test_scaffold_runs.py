@@ -3,16 +3,18 @@ of the first and the second deploy."""
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
-from conftest import ROWS
+from conftest import CLEAN, ROWS
 from mlflow.tracking import MlflowClient
-from scaffolding import render, run_steps
+from scaffolding import commit, git, render, run_steps
 from standin_workspace import TOKEN, standing_workspace
 from tiny import tiny_model
 from typer.testing import CliRunner
@@ -45,7 +47,7 @@ def tuned(tmp_path_factory):
 def spoil(home: Path, name: str, old: str, new: str) -> None:
     text = (home / name).read_text()
     assert old in text, (name, text)
-    (home / name).write_text(text.replace(old, new, 1))
+    (home / name).write_text(text.replace(old, new))
 
 
 FAULTS = {  # what is planted: (file, what stands there, what is written instead, the step that must be red, its exit code, what it says)
@@ -53,7 +55,7 @@ FAULTS = {  # what is planted: (file, what stands there, what is written instead
     "bad bundle": ("resources/release.yml", "{task_key: promote}", "{task_key: promotion}", "check", "there is no task promotion"),
     "bad engagement": ("engagement.yaml", "seed: 17", "sead: 17", "check", "did you mean `seed`"),
     "an approver who promotes": ("policy.yml", "may: [register, promote]", "may: [register, promote, approve]", "unit", "may approve what they promote"),
-    "broken data": ("data/rows.jsonl", '{"prompt"', '{"prompt', "data", "not JSON"),
+    "broken data": ("data/rows.jsonl", '"prompt"', '"question"', "data", "no `prompt` among the columns question, response"),
     "failed gate": ("settings/short.yaml", "at_least: 0.0", "at_least: 0.9", "gate", "criteria not met: exact_match"),
 }
 
@@ -77,6 +79,27 @@ def test_without_a_fault_all_steps_are_green(tmp_path, ci):
     found = run_steps(with_data(tmp_path / "mine", ci=ci), ci)
     print(*(f"{name} ended with {code}\n{output[-600:]}" for name, (code, output) in found.items()), sep="\n")
     assert {name: code for name, (code, _) in found.items()} == dict.fromkeys(EVERY, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pipeline", [pytest.param("model", id="own model"), pytest.param("engagement", id="fine-tuned model")])
+def test_the_two_commands_of_its_readme_work_in_a_fresh_clone(wheel, tmp_path, pipeline):
+    """On the machine of a colleague, who has a key of their own, the wheel of this package, and for all else the package registry."""
+    home = with_data(tmp_path / "home") if pipeline == "engagement" else render(tmp_path / "home", {"pipeline": "model", "name": "mine"})
+    commit(home, "scaffold")
+    git("clone", "-q", str(home), str(tmp_path / "clone"), cwd=tmp_path)
+    clone, commands = tmp_path / "clone", re.findall(r"(?m)^make \w+", (home / "README.md").read_text())
+    colleague = {**CLEAN, "HOME": str(tmp_path), "PIP_CACHE_DIR": str(Path.home() / ".cache/pip"), "PIP_FIND_LINKS": f"{wheel.parent} {os.environ.get('PIP_FIND_LINKS', '')}"}
+    colleague.pop("FINETUNE_ACCEL_KEY")
+    assert commands == ["make run", "make test"] and not (clone / "keys/release.pem").exists()
+    for command in commands:
+        started = time.monotonic()
+        done = subprocess.run(command.split(), cwd=clone, env=colleague, capture_output=True, text=True)
+        print(f"{pipeline}: {command} ended with {done.returncode} after {time.monotonic() - started:.0f} s\n{done.stdout[-3000:]}{done.stderr[-3000:]}")
+        assert done.returncode == 0
+    where = subprocess.run([clone / ".venv/bin/python", "-c", "import finetune_accel; print(finetune_accel.__file__)"], cwd=tmp_path, env=colleague, capture_output=True, text=True)
+    assert where.stdout.startswith(str(clone / ".venv")), where
+    assert git("status", "--short", cwd=clone) == "", "what the commands make is no change to commit"
 
 
 # --- a model of the customer's own

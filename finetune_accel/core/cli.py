@@ -21,7 +21,7 @@ from rich.table import Table
 from . import databricks_commands, monitor_commands, promotion_commands
 from .engagement import load_engagement, overrides_of, phases, shipped_engagements
 from .errors import BadInput, FinetuneAccelError, GateNotMet
-from .jobs import publishing
+from .job import giving_back, on_a_job_machine
 from .pipeline import run_again, run_engagement, run_grid
 from .runs import RunFolder, resolve_run_dir
 from .secrets import redact
@@ -35,19 +35,18 @@ console = Console(force_jupyter=False)  # a command line writes text, also where
 
 
 @app.callback()
-def on_a_job_machine(context: typer.Context,
-                     runs: Annotated[Optional[Path], typer.Option(help="volume whose run folders are fetched into ./runs before the command and given back after it")] = None,
-                     key: Annotated[Optional[str], typer.Option(help="sign with this key: a file, or secret:SCOPE/KEY of the workspace")] = None) -> None:
+def command_line(context: typer.Context,
+                 runs: Annotated[Optional[Path], typer.Option(help="folder of a Volume whose run folders the command finds in runs/, and which is given back what is "
+                                                                   "new, after each phase too; name other files by their whole path")] = None,
+                 key: Annotated[Optional[str], typer.Option(help="sign with this key: a file, or secret:SCOPE/KEY of the workspace")] = None) -> None:
     """From a company's own data to a fine-tuned model that it can prove is better, serve and operate alone."""
     if runs or key:
-        from finetune_accel.core import job
-
-        context.with_resource(job.on_a_job_machine(runs, resolve_run_dir("runs"), key))
+        context.obj = context.with_resource(on_a_job_machine(runs, key))
 
 # %% auto #0
-__all__ = ['app', 'console', 'Overrides', 'RunDir', 'Engine', 'Unpickle', 'on_a_job_machine', 'init', 'check', 'scaffold',
-           'validate_file', 'list_phases', 'doctor', 'Screen', 'run', 'show_grid', 'prove', 'show_run', 'handover',
-           'quiz', 'report', 'serve', 'score', 'endpoint', 'main']
+__all__ = ['app', 'console', 'Overrides', 'RunDir', 'Engine', 'Unpickle', 'command_line', 'init', 'check', 'scaffold',
+           'validate_file', 'list_phases', 'doctor', 'lab', 'Screen', 'run', 'show_grid', 'prove', 'show_run',
+           'handover', 'quiz', 'report', 'serve', 'score', 'endpoint', 'main']
 
 # %% ../../nbs/core/cli.ipynb #bfc8f08e
 @app.command()
@@ -82,7 +81,7 @@ def check(target: str) -> None:
         found = f"{engagement.path.name} is valid: {', '.join(engagement.sections)}"
     console.print(found, soft_wrap=True, markup=False, highlight=False)
 
-
+# %% ../../nbs/core/cli.ipynb #690e3aef
 @app.command()
 def scaffold(folder: Path, defaults: Annotated[bool, typer.Option("--defaults", help="ask nothing")] = False,
              data: Annotated[list[str], typer.Option(help="NAME=VALUE: the answer to a question, may be repeated")] = []) -> None:
@@ -108,7 +107,7 @@ def validate_file(file: str, form: Annotated[str, typer.Option("--as", help="cha
     if not verdict.rows or not verdict.ours_accepts:
         raise BadInput(file, f"not every row keeps the rules of {form}" if verdict.rows else "has no rows", "mend the rows listed above")
 
-
+# %% ../../nbs/core/cli.ipynb #d6349c09
 @app.command(name="phases")
 def list_phases() -> None:
     """List the phases: notebook, what each reads, and its parameters."""
@@ -138,6 +137,20 @@ def doctor(workspace: Annotated[Optional[str], typer.Option(help="catalog.schema
     console.print(table)
     if not all(finding.ok for finding in findings if finding.needed):
         raise typer.Exit(1)
+
+# %% ../../nbs/core/cli.ipynb #1ab00002
+@app.command()
+def lab(engagement: Annotated[str, typer.Argument(help="file, or name of a shipped one")],
+        run_dir: Annotated[Optional[Path], typer.Option(help="run folder, default runs/NAME")] = None,
+        start: Annotated[bool, typer.Option(help="open them in JupyterLab")] = True) -> None:
+    """Put an engagement's settings into the notebooks, in its run folder, and open them."""
+    from finetune_accel.core.lab import start_lab, write_notebooks
+
+    loaded = load_engagement(engagement)
+    folder = write_notebooks(loaded, resolve_run_dir(run_dir.absolute() if run_dir else f"runs/{loaded.common.name}"))
+    console.print(f"notebooks: {folder}", soft_wrap=True, markup=False, highlight=False)
+    if start:
+        start_lab(folder)
 
 # %% ../../nbs/core/cli.ipynb #bb252c21
 class Screen:
@@ -173,14 +186,13 @@ RunDir = Annotated[Optional[Path], typer.Option(help="run folder, default runs/N
 
 
 @app.command()
-def run(engagement: Annotated[Optional[str], typer.Argument(help="file, or name of a shipped one")] = None, run_dir: RunDir = None,
+def run(context: typer.Context, engagement: Annotated[Optional[str], typer.Argument(help="file, or name of a shipped one")] = None, run_dir: RunDir = None,
         with_file: Annotated[Optional[Path], typer.Option("--with", help="file with what is set otherwise here, written like the engagement; "
                                                                          "--set goes over it")] = None,
         from_phase: Annotated[Optional[str], typer.Option("--from")] = None,
         to_phase: Annotated[Optional[str], typer.Option("--to")] = None, overrides: Overrides = None,
         grid: Annotated[Optional[list[str]], typer.Option(help="section.key=a,b: one child run each, compared on dev")] = None,
         force: Annotated[bool, typer.Option(help="run phases again although nothing changed")] = False,
-        publish_to: Annotated[Optional[Path], typer.Option(help="Volume folder that gets the run folder after each phase; another machine goes on from it")] = None,
         again: Annotated[Optional[Path], typer.Option(help="run folder: do it once more in a fresh one, and say whether the same came out")] = None) -> None:
     """Run an engagement: a file or the name of a shipped one."""
     if again:
@@ -193,7 +205,7 @@ def run(engagement: Annotated[Optional[str], typer.Argument(help="file, or name 
     if grid and (from_phase or to_phase):
         raise BadInput("--grid", "chooses its own phases (up to train)", "leave out --from and --to")
     with _bars() as progress:
-        listener = publishing(Screen(progress), folder, publish_to) if publish_to else Screen(progress)
+        listener = giving_back(Screen(progress), context.obj) if context.obj else Screen(progress)
         if grid:
             rows = run_grid(engagement, overrides, grid, folder, force, listener)
         else:
@@ -339,7 +351,7 @@ def serve(target: str, host: str = "127.0.0.1", port: Annotated[int, typer.Optio
     serve_model(target, host=host, port=port, engine=engine, also=more, adapters=_named(adapter, "--adapter"), table=table, no_token=no_token,
                 trusted=unpickle)
 
-
+# %% ../../nbs/core/cli.ipynb #7aa97d3c
 @app.command()
 def score(source: str, model: Annotated[str, typer.Option(help="run folder, models:/name@alias or model folder")],
           out: Annotated[Path, typer.Option(help="folder of the Delta table of answers; OUT_set_aside has the rows that have none")],
@@ -388,7 +400,7 @@ def score(source: str, model: Annotated[str, typer.Option(help="run folder, mode
     if counts.left and not follow:
         raise GateNotMet("stopped before all rows were asked; the same command (with a higher --token-cap, if that was reached) goes on")
 
-
+# %% ../../nbs/core/cli.ipynb #7e1b7d54
 def _json_object(text: bytes, place: str) -> dict:
     """Return the JSON object in a file. Raises BadInput."""
     try:
@@ -416,7 +428,7 @@ def endpoint(target: str, name: Annotated[Optional[str], typer.Option(help="of t
                                   table=table)
     console.print(yaml.safe_dump(outcome, sort_keys=False), soft_wrap=True, markup=False, highlight=False)
 
-
+# %% ../../nbs/core/cli.ipynb #52d10e69
 def main() -> None:
     """Run the command line; what was refused on purpose ends with its message and exit code."""
     try:

@@ -6,10 +6,8 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import re
 import shlex
-import shutil
 from pathlib import Path
 from typing import Callable
 
@@ -19,14 +17,12 @@ from .engagement import Engagement
 from .errors import BadInput
 
 # %% auto #0
-__all__ = ['ACCELERATORS', 'LOCAL_RUNS', 'VARIABLE', 'ENVIRONMENT_VERSION', 'RUNTIME', 'OWN', 'require_place',
-           'require_accelerator', 'run_arguments', 'command_script', 'ai_runtime_workload', 'script_name',
-           'ai_runtime_job', 'job_scripts', 'gpu_libraries', 'gpu_cluster_job', 'copy_missing', 'checkpoints_in',
-           'publish', 'publishing', 'job_files']
+__all__ = ['ACCELERATORS', 'VARIABLE', 'ENVIRONMENT_VERSION', 'RUNTIME', 'require_place', 'require_accelerator', 'run_arguments',
+           'command_script', 'ai_runtime_workload', 'script_name', 'ai_runtime_job', 'job_scripts', 'gpu_libraries',
+           'gpu_cluster_job', 'job_files']
 
 # %% ../../nbs/core/jobs.ipynb #e129a921
 ACCELERATORS = {"GPU_1xA10": 1, "GPU_1xH100": 1, "GPU_8xH100": 8}  # GPUs of one machine
-LOCAL_RUNS = "/tmp/finetune-accel"  # the machine's own disk, on AI Runtime as on a cluster
 VARIABLE = re.compile(r"\$\{[A-Za-z_.]+\}")
 
 
@@ -47,9 +43,8 @@ def require_accelerator(kind: str) -> None:
 # %% ../../nbs/core/jobs.ipynb #002162ae
 def run_arguments(engagement: Engagement, volume: str, phase: str | None = None) -> list[str]:
     """Return the arguments of `finetune-accel` that run `phase` (None: all phases) of the engagement file in `volume`."""
-    name = engagement.common.name
     only = ["--from", phase, "--to", phase] if phase else []
-    return ["run", f"{volume}/{engagement.path.name}", "--run-dir", f"{LOCAL_RUNS}/{name}", "--publish-to", f"{volume}/runs/{name}", *only]
+    return ["--runs", f"{volume}/runs", "run", f"{volume}/{engagement.path.name}", *only]
 
 
 def command_script(engagement: Engagement, volume: str, phase: str | None = None) -> str:
@@ -70,7 +65,7 @@ def ai_runtime_workload(engagement: Engagement, volume: str, wheel: str, acceler
             "compute": {"accelerator_type": accelerator, "num_accelerators": ACCELERATORS[accelerator]},
             "environment": {"version": ENVIRONMENT_VERSION, "dependencies": [f"{wheel}[gpu]"]},
             "command": command_script(engagement, volume),
-            "max_retries": 2}  # a retry goes on from what was published
+            "max_retries": 2}  # a retry goes on from what was given back
 
 # %% ../../nbs/core/jobs.ipynb #411f4f90
 def _chained(phases: list[str], task: Callable[[str], dict]) -> list[dict]:
@@ -134,60 +129,6 @@ def gpu_cluster_job(engagement: Engagement, volume: str, wheel: str, node_type: 
 
     return {"name": f"{engagement.common.name} on GPUs", "max_concurrent_runs": 1,
             "job_clusters": [{"job_cluster_key": "gpu", "new_cluster": cluster}], "tasks": _chained(list(engagement.sections), task)}
-
-# %% ../../nbs/core/jobs.ipynb #d992b247
-OWN = re.compile(r"\.staging|\.lock.*|\..+\.\d+")  # what belongs to one machine: half results, locks, copies under way
-
-
-def copy_missing(source: Path, target: Path) -> int:
-    """Copy the files of `source` that `target` lacks or has in another size or older; what names other files comes last. Return how many."""
-    files = [path for path in source.rglob("*") if path.is_file() and not any(map(OWN.fullmatch, path.relative_to(source).parts))]
-    files.sort(key=lambda path: path.name == "manifest.json" or path.parent == source and path.suffix == ".json")
-    copied = 0
-    for path in files:
-        there = target / path.relative_to(source)
-        staged = there.with_name(f".{there.name}.{os.getpid()}")
-        try:
-            facts = path.stat()
-            if there.exists() and there.stat().st_size == facts.st_size and there.stat().st_mtime >= facts.st_mtime:
-                continue
-            there.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, staged)
-            os.replace(staged, there)
-            copied += 1
-        except FileNotFoundError:  # an old checkpoint, which made room for a new one
-            continue
-    return copied
-
-
-def checkpoints_in(folder: Path) -> set[Path]:
-    """Return the checkpoints of phases that are not finished, relative to the run folder."""
-    return {path.relative_to(folder) for path in folder.glob("unfinished/*/checkpoints/step-*")}
-
-
-def publish(run_dir: Path, volume: Path) -> None:
-    """Bring `volume` up to date: what is new is copied, checkpoints that are no longer there are removed."""
-    copy_missing(run_dir, volume)
-    for old in checkpoints_in(volume) - checkpoints_in(run_dir):
-        shutil.rmtree(volume / old, ignore_errors=True)
-    if not (run_dir / "unfinished").exists():
-        shutil.rmtree(volume / "unfinished", ignore_errors=True)
-
-
-def publishing(listener: Callable[[str, str, dict], None], run_dir: Path, volume: Path) -> Callable[[str, str, dict], None]:
-    """Take back what `volume` holds, and return a listener of the pipeline that publishes `run_dir` there after each phase, also a failed one, and with each checkpoint."""
-    if volume.is_dir():
-        copy_missing(volume, run_dir)
-    published = checkpoints_in(run_dir)
-
-    def follow(phase: str, state: str, facts: dict) -> None:
-        nonlocal published
-        listener(phase, state, facts)
-        if state in ("done", "failed") or checkpoints_in(run_dir) - published:
-            published = checkpoints_in(run_dir)
-            publish(run_dir, volume)
-
-    return follow
 
 # %% ../../nbs/core/jobs.ipynb #69a15d39
 def job_files(engagement: Engagement, volume: str, wheel: str, *, accelerator: str, node_type: str) -> dict[str, str]:
