@@ -63,6 +63,7 @@ def test_a_machine_goes_on_from_what_another_published(tmp_path):
 
 AIR = """
 import sys, yaml
+from pathlib import Path
 from cli.run_config import _validate_runtime_version, _validate_yaml_structure
 for name in sys.argv[1:]:
     config = _validate_yaml_structure(yaml.safe_load(Path(name).read_text()), Path(name))
