@@ -97,8 +97,9 @@ def _lines(quiz: Quiz) -> list[str]:
 
 def put_leak(quiz: Quiz, drawn: random.Random, present: bool) -> str:
     """Write rows.jsonl; if `present`, with LEAKED test rows under groups of training. Returns the places, joined by blanks."""
-    rows = [_plain_row(row, quiz.run.need("prepare")["settings"]["approach"]) for row in _rows_of(quiz.run, drawn)]
-    groups = np.array([number_of(row["group"]) for row in rows], np.uint64)
+    settings = quiz.run.need("prepare")["settings"]
+    rows = [_plain_row(row, settings["approach"]) for row in _rows_of(quiz.run, drawn)]
+    groups = np.array([number_of(f"{settings['seed']}:{row['group']}") for row in rows], np.uint64)  # as core.rows numbers them
     nothing = np.zeros(len(rows))
     side = assign_splits(groups, nothing.astype(int), nothing, nothing.astype(bool), SPLIT)
     train, test = ([row for row, where in zip(rows, side) if where == one] for one in (0, 2))
