@@ -1,7 +1,8 @@
 # make demo   a fresh machine with Python 3.11 to the verdict on the shipped engagement
-# make test   notebooks and package in sync, notebook examples, pytest
+# make test   ruff, notebooks and package in sync, notebook examples, pytest
 # make locked install exactly requirements.lock, each file by its hash (Linux x86-64, Python 3.11), before any of the others; make lock writes it anew
 # make lab    open the notebooks
+# make docs   the documentation site in _docs (docs/index.html opens without a network), from the notebooks, docs/ and the docstrings; warnings are errors
 # make slow   the tests that make test leaves out (Spark again, killed; Gemma)
 # make benchmark, make scale   speed beside others, a million rows; results are files in benchmarks/
 # make generation   speed of the engines that answer, and whether they answer the same (RUN: a finished run of home-intents)
@@ -15,11 +16,12 @@
 # make gpu    on one NVIDIA GPU: speed beside TRL (and Unsloth: UNSLOTH=FOLDER), memory, exactness, FP8 and four bits on real weights
 # make many   several processes on this machine: equal to one, killed, hung; the result is benchmarks/together.txt
 # make two-gpus   on a machine with two: one beside two, ddp and fsdp2
+# make walk   01 to 06 of a short home-intents in a real browser (Debian's chromium), with the form filled in; writes docs/walk-*.png
 # make sync   after editing a notebook: export the package, the parameters cells and README.md
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test slow lock locked lab sync benchmark generation scale scoring kills faults serving drift loop million ray vllm combinations newcomer gpu many two-gpus clean
+.PHONY: demo test docs slow lock locked lab sync benchmark generation scale scoring kills faults serving drift loop million ray vllm combinations newcomer gpu many two-gpus walk clean
 
 demo: .venv/.installed
 	$(BIN)/finetune-accel run home-intents
@@ -28,12 +30,17 @@ demo: .venv/.installed
 test slow: export TRITON_INTERPRET ?= $(if $(shell command -v nvidia-smi),0,1)
 
 test: .venv/.installed-dev
+	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -q tests/test_design.py
 	$(BIN)/nbdev_test --path nbs/core --n_workers 2
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -n 2 --dist loadgroup --no-loadscope-reorder --durations=25 -m "not slow" --ignore=tests/test_design.py tests
 
 slow: .venv/.installed-dev
 	$(BIN)/python -m pytest -q -m slow tests
+
+docs: .venv/.installed-dev
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e ".[docs]"
+	$(BIN)/python -m sphinx -q -W --keep-going -c docs -d build/doctrees . _docs
 
 locked: .venv/bin/python
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --require-hashes -r requirements.lock
@@ -81,7 +88,7 @@ million: .venv/.installed-dev
 	$(BIN)/python benchmarks/monitoring.py
 
 loop: .venv/.installed-dev
-	$(BIN)/python benchmarks/loop.py
+	$(BIN)/python benchmarks/loop.py --folder runs/loop $(if $(wildcard $(RUN)/promote.json),--run $(RUN))
 
 combinations: .venv/.installed-dev
 	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python benchmarks/scaffold.py
@@ -120,6 +127,9 @@ two-gpus: .venv/.installed-dev
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[gpu]"
 	$(BIN)/python benchmarks/gpu_many.py
 	$(BIN)/python benchmarks/gpu_many.py --only full-2-fsdp2 lora-2-fsdp2
+
+walk: .venv/.installed-dev
+	$(BIN)/python docs/walk.py
 
 clean:
 	rm -rf .venv build dist *.egg-info

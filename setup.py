@@ -25,6 +25,6 @@ setup(
                                      "template/repo/.github/workflows/*"],
                   "finetune_accel.nbs": ["[0-9]*.ipynb"]},
     install_requires=cfg["requirements"].split(),
-    extras_require={name: cfg[f"{name}_requirements"].split() for name in ("gpu", "openvino", "ray", "scaffold", "spark", "sql", "dev")},
+    extras_require={name: cfg[f"{name}_requirements"].split() for name in ("gpu", "openvino", "ray", "scaffold", "spark", "sql", "docs", "dev")},
     entry_points={"console_scripts": cfg["console_scripts"].split(), "finetune_accel.validators": cfg["validators"].split()},
 )

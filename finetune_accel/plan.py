@@ -5,18 +5,24 @@
 # %% ../nbs/01_plan.ipynb #bd892d10
 from __future__ import annotations
 
-from typing import Literal
+from html import escape
+from typing import Literal, Optional
 
 from pydantic import Field, ValidationInfo, field_validator
 
+from .core.agreements import USUAL_GATES, USUAL_RISKS, Day, Gate, Prerequisite, Risk, SignOff, awaited, late
+from .core.architecture_decisions import USUAL_DECISIONS, ArchitectureDecision, undecided
 from .core.criteria import Criterion, check_criteria
 from .core.errors import GateNotMet
+from .core.interview import Interview, recommend
 from .core.settings import PhaseSettings, StrictModel, stated
+from .core.sizing import Candidate, Machine, size
+from .core.work_plan import USUAL_WORK, Work, check_days
 
 # %% auto #0
 __all__ = ['READS', 'EXAMPLE_CRITERIA', 'EXAMPLE_DATA', 'EXAMPLE_CANDIDATES', 'EXAMPLE_PREREQUISITES', 'RECOMMENDED_EXAMPLES',
-           'USABLE_SHARE', 'WORKING_GIB', 'DataSource', 'Candidate', 'Prerequisite', 'PlanSettings', 'open_blockers',
-           'require_prerequisites', 'data_warnings', 'estimate']
+           'DataSource', 'PlanSettings', 'open_blockers', 'require_prerequisites', 'data_warnings', 'sizing',
+           'warnings', 'in_short']
 
 # %% ../nbs/01_plan.ipynb #2fd6883a
 class DataSource(StrictModel):
@@ -27,23 +33,6 @@ class DataSource(StrictModel):
     origin: Literal["customer", "public stand-in"]
     examples: int = Field(ge=1)
     tokens_per_example: int = Field(60, ge=1)
-
-
-class Candidate(StrictModel):
-    """A base model that may be chosen."""
-
-    model: str = Field(min_length=1)
-    parameters_million: float = Field(gt=0)
-    licence: str = Field(min_length=1)
-
-
-class Prerequisite(StrictModel):
-    """One line of the checklist; an open one that blocks stops the run."""
-
-    item: str = Field(min_length=1)
-    state: Literal["met", "open", "not applicable"]
-    who: str = Field(min_length=1)
-    blocking: bool = True
 
 # %% ../nbs/01_plan.ipynb #4c64f432
 READS = ()  # the first phase reads nothing
@@ -73,12 +62,27 @@ class PlanSettings(PhaseSettings):
     candidates: list[Candidate] = Field(EXAMPLE_CANDIDATES, min_length=1, description="base models that may be chosen")
     prerequisites: list[Prerequisite] = stated(EXAMPLE_PREREQUISITES, "checklist, each met or open or not applicable")
     accept_open: bool = Field(False, description="go on although a blocking prerequisite is open")
+    interview: Optional[Interview] = Field(None, description="answers that speak for an approach, or against fine-tuning")
+    machines: list[Machine] = Field([], description="machines beside this one that training may run on, each with the price of an hour if you know it")
+    currency: str = Field("EUR", min_length=1, max_length=5, description="what prices are in")
+    start: Optional[Day] = Field(None, description="first working day, for example 2026-12-01, null for a plan without dates")
+    work: list[Work] = Field(USUAL_WORK, description="steps in days, at most 15 of a data scientist and 2 of a project manager")
+    risks: list[Risk] = Field(USUAL_RISKS, description="what may go wrong, what is done about it and by whom")
+    gates: list[Gate] = Field(USUAL_GATES, description="where it is decided whether to go on")
+    decisions: list[ArchitectureDecision] = Field(USUAL_DECISIONS, description="promotion, inference, compute, technology, each with the reason")
+    sign_offs: list[SignOff] = Field([], description="who says yes to what, and since when")
 
     @field_validator("criteria")
     @classmethod
     def _fit_the_approach(cls, criteria: list[Criterion], info: ValidationInfo) -> list[Criterion]:
         check_criteria(criteria, info.data.get("approach", "supervised"))
         return criteria
+
+    @field_validator("work")
+    @classmethod
+    def _fit_the_days(cls, work: list[Work]) -> list[Work]:
+        check_days(work)
+        return work
 
 # %% ../nbs/01_plan.ipynb #9deb215d
 def open_blockers(settings: PlanSettings) -> list[Prerequisite]:
@@ -96,8 +100,6 @@ def require_prerequisites(settings: PlanSettings) -> None:
 
 # %% ../nbs/01_plan.ipynb #43f09b45
 RECOMMENDED_EXAMPLES = 1000
-USABLE_SHARE = 0.5  # of the measured matrix-product rate; what a well-packed small model reaches on a processor
-WORKING_GIB = 4.0  # libraries, activations and the copies made while saving, as measured with the embedded model
 
 
 def data_warnings(settings: PlanSettings) -> list[str]:
@@ -109,9 +111,26 @@ def data_warnings(settings: PlanSettings) -> list[str]:
     return (few if total < RECOMMENDED_EXAMPLES else []) + stand_in
 
 
-def estimate(settings: PlanSettings, operations_per_second: float) -> list[dict]:
-    """Return tokens, memory (GiB) and hours of one LoRA epoch for each candidate at a measured matrix-product rate."""
+def sizing(settings: PlanSettings, here: Machine) -> list[dict]:
+    """Return a row for each candidate on each machine, this one (`here`) first: way, memory (GiB), hours and cost of one epoch."""
     tokens = sum(source.examples * source.tokens_per_example for source in settings.data_sources)
-    return [{"model": c.model, "tokens": tokens, "memory_gib": round(c.parameters_million * 1e6 * 2 * 3 / 2**30 + WORKING_GIB, 1),
-             "hours": round(4 * c.parameters_million * 1e6 * tokens / (operations_per_second * USABLE_SHARE) / 3600, 2)}
-            for c in settings.candidates]
+    longest = 4 * max(source.tokens_per_example for source in settings.data_sources)
+    return [size(candidate, machine, tokens, longest) for candidate in settings.candidates for machine in (here, *settings.machines)]
+
+# %% ../nbs/01_plan.ipynb #p1a00002
+def warnings(settings: PlanSettings, today: str) -> list[str]:
+    """Return a sentence for each thing that the customer should hear now; `today` is an ISO date."""
+    said = recommend(settings.interview) if settings.interview else None
+    other = [f"the interview speaks for {said.approach}, and the engagement's approach is {settings.approach}: {said.because}"] if said and said.approach != settings.approach else []
+    topics = [f"nothing is decided about {topic}" for topic in undecided(settings.decisions)]
+    return [*other, *(said.cautions if said else ()), *data_warnings(settings), *late(settings.prerequisites, today), *awaited(settings.sign_offs), *topics]
+
+
+def in_short(settings: PlanSettings, today: str) -> str:
+    """Return as HTML what the plan amounts to: the interview's recommendation, what is open, the days that are used, the warnings."""
+    scientist, manager = sum(one.scientist_days for one in settings.work), sum(one.manager_days for one in settings.work)
+    said = recommend(settings.interview) if settings.interview else None
+    lines = [f"The interview speaks for {said.approach}: {said.because}." if said else "No interview was recorded.",
+             f"{scientist:g} days of a data scientist, {manager:g} of a project manager.",
+             *(f"Open and blocking: {item.item} ({item.who})." for item in open_blockers(settings)), *(f"Note: {text}." for text in warnings(settings, today))]
+    return "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in lines) + "</ul>"

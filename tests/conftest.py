@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
+from browser import chromium  # noqa: E402, F401 (a fixture)
 from tiny import tiny_model  # noqa: E402
 
 os.environ.setdefault("FINETUNE_ACCEL_KEY", str(Path(tempfile.mkdtemp(prefix="key-")) / "signing.pem"))  # not the key of who runs the tests

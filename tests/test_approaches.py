@@ -17,11 +17,11 @@ from fastapi.testclient import TestClient
 from tiny import tiny_model
 
 from finetune_accel.core.comparison import Answers, Likelihoods, compare, dev_scorer, read_by, score_table
+from finetune_accel.core.criteria import Criterion, check_criteria
 from finetune_accel.core.engagement import phases
 from finetune_accel.core.errors import BadInput
 from finetune_accel.core.generate import generate, load
 from finetune_accel.core.likelihood import log_likelihoods
-from finetune_accel.core.criteria import Criterion, check_criteria
 from finetune_accel.core.prompting import asked_of_base
 from finetune_accel.core.runs import RunFolder
 from finetune_accel.core.served_models import load_models

@@ -51,8 +51,7 @@ class Databricks:
     """databricks-sdk's WorkspaceClient."""
 
     def __init__(self, server, token=TOKEN):
-        from databricks.sdk import WorkspaceClient
-        from databricks.sdk import errors
+        from databricks.sdk import WorkspaceClient, errors
         from databricks.sdk.service.serving import ChatMessage, ChatMessageRole
 
         self.wrong_token, self.bad_request, self.missing = errors.Unauthenticated, errors.InvalidParameterValue, errors.ResourceDoesNotExist

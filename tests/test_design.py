@@ -100,6 +100,21 @@ def test_notebooks_are_committed_clean():
             assert not cell.get("outputs") and cell.get("execution_count") is None, notebook
 
 
+@pytest.mark.parametrize("phase", phases(), ids=PHASES)
+def test_a_phase_reads_as_a_walk(phase):
+    """The customer's question first, a way to both neighbours, three things that may go wrong, and no more than one sits through."""
+    cells = json.loads(phase.notebook.read_text())["cells"]
+    first, place = "".join(cells[0]["source"]), PHASES.index(phase.name)
+    assert re.search(r"^\*\*The question for the customer: [^*]+\?\*\*$", first, re.M)
+    neighbours = [phases()[place + step].notebook.name for step in (-1, 1) if 0 <= place + step < len(PHASES)]
+    assert all(f"]({name})" in first for name in neighbours)
+    assert all((phase.notebook.parent / link).exists() for link in re.findall(r"\]\(([\w.]+\.ipynb)\)", first))
+    boxes = [text for c in cells if (text := "".join(c["source"])).startswith("### What could go wrong here\n")]
+    assert len(boxes) == 1 and len(re.findall(r"^- \*\*[^*]+\.\*\* \S.{20,}", boxes[0], re.M)) == len(re.findall(r"^- ", boxes[0], re.M)) == 3
+    assert len(cells) <= 60
+    assert "".join(cells[0]["source"]).startswith(f"# {place + 1} · ")
+
+
 def test_readme_is_current_and_its_commands_exist(tmp_path):
     subprocess.run([sys.executable, "-m", "nbconvert", "--to", "markdown", "--output-dir", str(tmp_path), "--output", "README",
                     str(REPO / "nbs/index.ipynb")], check=True, capture_output=True)
@@ -145,5 +160,5 @@ def test_declared_libraries_are_used():
     code = "\n".join(p.read_text() for p in [*PACKAGE.rglob("*.py"), *(REPO / "nbs").rglob("*.ipynb"), REPO / "Makefile"])
     for library, use in {"jupyterlab": "jupyter lab", "papermill": "import papermill", "nbdev": "nbdev_export", "transformers": "from transformers",
                          "peft": "from peft", "datasets": "from datasets", "torch": "import torch", "mlflow": "import mlflow",
-                         "ipywidgets": "import ipywidgets"}.items():
+                         "ipywidgets": "import ipywidgets", "ruamel.yaml": "from ruamel.yaml"}.items():
         assert f"{library}" in settings and use in code, library

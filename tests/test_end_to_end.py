@@ -227,7 +227,9 @@ def test_the_report_opens_offline(finished):
     assert not re.search(r'(src|href)\s*=\s*"(?!#)|url\((?!#)|@import', html)
     for section in ("Verdict", "What was asked", "What was done", "Lineage and licences", "What was not shown"):
         assert f">{section}</h2>" in html
-    assert html.count("<svg ") == 3
+    assert html.count("<svg ") == 3 and html.index('id="summary"') < html.index('id="contents"') < html.index('id="verdict"')
+    ids = re.findall(r' id="([^"]+)"', html)
+    assert len(ids) == len(set(ids)), "two pictures share ids"
 
 
 @pytest.fixture

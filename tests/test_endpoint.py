@@ -18,8 +18,7 @@ from serving import HELLO, free_port, wait_until
 from standin_workspace import MODEL, TOKEN, standing_workspace
 
 from finetune_accel.core import endpoint, stores
-from finetune_accel.core.endpoint import (
-    NEXT_VERSION, TASK, WORKLOAD_TYPES, databricks_endpoint, deploy, endpoint_config, entrypoint, log_server, server_of_run)
+from finetune_accel.core.endpoint import NEXT_VERSION, TASK, WORKLOAD_TYPES, databricks_endpoint, deploy, endpoint_config, entrypoint, log_server, server_of_run
 from finetune_accel.core.environments import open_office
 from finetune_accel.core.errors import BadInput, PhaseFailed
 from finetune_accel.core.generate import generate, load

@@ -23,6 +23,7 @@ import pytest
 from conftest import finetune_accel
 from deltalake import DeltaTable
 from mlflow.tracking import MlflowClient
+from scipy.stats import chi2_contingency
 from serving import free_port, wait_until
 from typer.testing import CliRunner
 
@@ -428,18 +429,27 @@ def test_monitored_as_classification(customer, server, tmp_path):
             assert server.client.post("/invocations", json={**form, "client_request_id": f"{name}-{number}"}).status_code == 200
         time.sleep(7)  # until the server has written them
 
-    ask(usual["text"].tolist()[:120], "usual")
+    asked = usual["text"].tolist()[:120]
+    ask(asked, "usual")
     labels = {f"usual-{number}": {"request_id": f"usual-{number}", "response": label} for number, label in enumerate(usual["expected"].tolist()[:120])}
     found = monitor_job.look(job._replace(labels=labels), rules, tmp_path / "out", now=later)
     assert found["judged"] == 1 and not found["alerts"] and found["rows"] == {"in": 120, "kept": 120}, found["alerts"]
     (score,) = [row for row in read_table(job.folder / "profile") if row["column_name"] == "scored exact_match"]
     assert score["count"] == 120 and 0 < score["avg"] < 1
     most = Counter(usual["expected"]).most_common(1)[0][0]
-    ask(usual[usual["expected"] == most]["text"].tolist()[:60], "one")
+    one = usual[usual["expected"] == most]["text"].tolist()[:60]
+    ask(one, "one")
     found = monitor_job.look(job._replace(labels=labels), rules, tmp_path / "out", now=later)
     assert "prediction" in {alert["column"] for alert in found["alerts"]} and "input text" in {alert["column"] for alert in found["alerts"]}
     (drift,) = [row for row in read_table(job.folder / "drift") if row["column_name"] == "prediction" and row["slice_key"] is None and row["drift_type"] == "CONSECUTIVE"]
-    assert drift["tv_distance"] > 0.3 and drift["chi_squared_test"]["pvalue"] < 1e-6
+    model = mlflow.pyfunc.load_model(version(1))
+    before, now = (Counter(model.predict(pd.DataFrame({"text": texts}))) for texts in (asked, one))
+    counts = np.array([[side[name] for name in sorted({*before, *now})] for side in (before, now)])
+    shares = counts / counts.sum(axis=1, keepdims=True)
+    assert abs(drift["tv_distance"] - np.abs(shares[0] - shares[1]).sum() / 2) < 1e-9 and drift["tv_distance"] > 0.2
+    test = chi2_contingency(counts, correction=False)
+    assert abs(drift["chi_squared_test"]["statistic"] - test.statistic) < 1e-6 and abs(drift["chi_squared_test"]["pvalue"] - test.pvalue) < 1e-9
     (profile,) = [row for row in read_table(job.folder / "profile") if row["column_name"] == "prediction" and row["slice_key"] is None
                   and row["window"]["start"] == drift["window"]["start"]]
-    assert profile["frequent_items"][0]["count"] > 20 and "ALERT" not in (job.folder / "dashboard.html").read_text()
+    assert profile["frequent_items"][0]["count"] == now.most_common(1)[0][1]
+    assert "The model predicts other classes" in (job.folder / "dashboard.html").read_text()

@@ -8,8 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from finetune_accel.core.errors import BadInput, Broken
-from finetune_accel.core.formats import (APPROACHES, DATABRICKS_RULES, FORMATS, RULES, UNPRINTABLE, Form, our_verdict, service_verdict, to_record,
-                                         validate_rows)
+from finetune_accel.core.formats import APPROACHES, DATABRICKS_RULES, FORMATS, RULES, UNPRINTABLE, Form, our_verdict, service_verdict, to_record, validate_rows
 
 ASK, ANSWER, SYSTEM = ({"role": role, "content": f"{role} speaks"} for role in ("user", "assistant", "system"))
 PAIR, TALK, TEXT = {"prompt": "lights on", "response": "{}"}, {"messages": [SYSTEM, ASK, ANSWER]}, {"text": "Once upon a time."}

@@ -28,7 +28,7 @@ from finetune_accel.core.cli import app
 from finetune_accel.core.criteria import Criterion
 from finetune_accel.core.errors import BadInput, Broken
 from finetune_accel.core.inference_table import PAYLOAD, append, check_table, compact, payload
-from finetune_accel.core.monitor_tables import DRIFT, PROFILE, monitor_definition
+from finetune_accel.core.monitor_tables import DRIFT, PROFILE
 from finetune_accel.core.monitoring import Job, monitor, read_table
 from finetune_accel.core.permutation import compare
 from finetune_accel.core.sketches import ColumnCounts
@@ -289,17 +289,3 @@ def fits(found: list[dict] | Broken) -> None:
     ('{"prompt": ["a", "b"]}', f'{{"choices": [{{"text": "x"}}], "usage": {{"prompt_tokens": {10**30}}}}}')])
 def test_odd_bodies_fit_the_tables(request_body, response_body):
     fits(exchanges({**row(0, 0), "request": request_body, "response": response_body}))
-
-
-def test_databricks_takes_the_definition():
-    """Databricks' own definitions of a bundle accept what is generated, and would refuse an unknown key."""
-    from databricks.bundles.quality_monitors import QualityMonitor
-
-    made = monitor_definition("main.default.home_unpacked", "/Workspace/Shared/m", "1 day", ["error"], "main.default.base")
-    known = QualityMonitor.from_dict(made)
-    assert known.time_series.granularities == ["1 day"] and known.custom_metrics[0].name == "share_error" and known.baseline_table_name == "main.default.base"
-    with pytest.raises(Exception, match="nonsense"):
-        QualityMonitor.from_dict({**made, "nonsense": 1})
-    for table, window in (("home", "1 day"), ("a.b.c", "1 minute")):
-        with pytest.raises(BadInput):
-            monitor_definition(table, "/x", window, [], None)

@@ -1,5 +1,4 @@
 """The wheel alone, in a clean environment without nbdev, runs an engagement."""
-import os
 import subprocess
 import sys
 import venv

@@ -2,15 +2,12 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
+from browser import findings
 from serving import TOKEN, running, wait_until
 from tiny import tiny_model
 
-sync_api = pytest.importorskip("playwright.sync_api")
-CHROMIUM = Path("/usr/bin/chromium")
-pytestmark = pytest.mark.skipif(not CHROMIUM.is_file(), reason="needs Debian's Chromium")
 QUESTION = "turn on the lights"
 
 
@@ -22,14 +19,6 @@ def served(tmp_path_factory):
     (folders["texts"] / "chat_template.jinja").unlink()
     with running(folders, scratch) as server:
         yield server
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 class Visit:
@@ -83,6 +72,17 @@ def test_both_models_are_asked_and_nobody_else(visit, served):
     # What it says about the refused chat of `texts` is the browser's own line, the only one.
     assert [line for line in visit.complaints if "400 (Bad Request)" not in line] == []
     assert {url.removeprefix(served.url) for url in visit.requests} == {"/", "/v1/models", "/v1/chat/completions", "/v1/completions"}
+
+
+@pytest.mark.parametrize("scheme, width", [("light", 1280), ("dark", 390)])
+def test_the_page_is_readable_before_and_after_an_answer(visit, scheme, width):
+    visit.page.emulate_media(color_scheme=scheme)
+    visit.page.set_viewport_size({"width": width, "height": 900})
+    assert findings(visit.page) == []
+    visit.page.click("summary")
+    visit.ask()
+    assert findings(visit.page) == []
+    assert visit.page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth") == 0
 
 
 def test_a_system_prompt_and_another_model_are_sent(visit, served):

@@ -13,8 +13,20 @@ from finetune_accel.core.errors import PhaseFailed
 from finetune_accel.core.generate import generate, load
 from finetune_accel.core.kept_answers import KeptAnswers
 from finetune_accel.core.parity import (
-    Broken, Route, ask_all, check_registered, check_routes, judge_engine, read_certificate, reference_answers, request_of, routes, rows_digest,
-    tuned_rows, whole_text)
+    Broken,
+    Route,
+    ask_all,
+    check_registered,
+    check_routes,
+    judge_engine,
+    read_certificate,
+    reference_answers,
+    request_of,
+    routes,
+    rows_digest,
+    tuned_rows,
+    whole_text,
+)
 from finetune_accel.core.report import write_report
 from finetune_accel.core.runs import RunFolder
 from finetune_accel.core.served_models import measured_engine

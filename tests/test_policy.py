@@ -11,8 +11,7 @@ from databricks.bundles.schemas import Schema
 from databricks.sdk.service import catalog as sdk
 
 from finetune_accel.core.errors import BadInput
-from finetune_accel.core.policy import (
-    GRANTED_ON, ChampionRules, Grant, Policy, default_policy, grants, grants_bundle, grants_sql, load_policy)
+from finetune_accel.core.policy import GRANTED_ON, ChampionRules, Grant, Policy, default_policy, grants, grants_bundle, grants_sql, load_policy
 from finetune_accel.core.signing import fingerprint
 
 KEYS = {name: ec.generate_private_key(ec.SECP256R1()) for name in ("ada", "bob", "cleo", "eve")}

@@ -11,14 +11,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import finetune_accel, write_workspace
+from tiny import tiny_model
 
-from finetune_accel.core.errors import BadInput
 from finetune_accel.core.decisions import decide
+from finetune_accel.core.errors import BadInput
 from finetune_accel.core.leaks import leak_counts
 from finetune_accel.core.ledger import write_all
 from finetune_accel.core.splits import SplitSettings
 from finetune_accel.prepare import PrepareSettings, check_rows, find_leaks, open_all, row_rules
-from tiny import tiny_model
 
 BY_ROW = SplitSettings(by=None, stratify=None, dev=0.1, test=0.2)
 
@@ -361,7 +361,7 @@ def test_many_blocks_in_workers_give_the_same_rows_as_few_here(model, tmp_path, 
     assert len(workers.checked.files) > engines.IN_PROCESS
     monkeypatch.setattr(engines, "IN_PROCESS", 10**6)
     here = Prepared(model, tmp_path / "here", tmp_path / "rows.jsonl")
-    assert same_rows(workers, here) 
+    assert same_rows(workers, here)
 
 
 @pytest.mark.slow  # test_end_to_end kills each phase, this one among them

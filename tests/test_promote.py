@@ -367,7 +367,7 @@ def test_a_crash_between_any_two_steps_is_repaired_by_the_next_command(town, mon
 
 def test_of_two_who_promote_at_once_one_wins(town):
     accepted(town)
-    versions, meet, found = [second(town), second(town)], threading.Barrier(2), {}
+    versions = [second(town), second(town)]
     script = ("import sys; sys.path[:0] = {path!r}; from test_promote import *; town = Town.__new__(Town); town.__dict__ |= dict(folder=Path({folder!r}),"
               " keys={{'ada': own_key(Path({folder!r}) / 'ada.pem')}}, policy=load_policy(Path({folder!r}) / 'policy.yml'), log=DecisionLog({log!r}));"
               " open({folder!r} + '/ready-{version}', 'w'); decision = town.promote('{version}', before=lambda: (open({folder!r} + '/checked-{version}', 'w'),"

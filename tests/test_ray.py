@@ -7,8 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from test_score import SLOWLY, by_prompt, command, finish, killed_then_finished, prompts, sources, table
-from test_score import model, uninterrupted  # noqa: F401  (fixtures)
+from test_score import SLOWLY, by_prompt, command, finish, killed_then_finished, model, prompts, sources, table, uninterrupted  # noqa: F401  (fixtures)
 
 from finetune_accel.core import ray_scoring
 from finetune_accel.core.errors import BadInput

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from finetune_accel.core.blocks import LARGEST_ROW
 from finetune_accel.core.engagement import anchored
 from finetune_accel.core.errors import BadInput, Broken
-from finetune_accel.core.blocks import LARGEST_ROW
 from finetune_accel.core.lines import LARGEST_PIECE
 from finetune_accel.core.readers import open_source
 from finetune_accel.core.sources import source_digest

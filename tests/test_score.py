@@ -22,13 +22,13 @@ from deltalake import DeltaTable, write_deltalake
 from tiny import tiny_model
 from typer.testing import CliRunner
 
+from finetune_accel.core import score_job, scoring
 from finetune_accel.core.ai_query import ai_query_sql
 from finetune_accel.core.cli import app
 from finetune_accel.core.errors import BadInput
 from finetune_accel.core.formats import Form
 from finetune_accel.core.predictor import Predictor
 from finetune_accel.core.requests import TableParameters
-from finetune_accel.core import score_job, scoring
 from finetune_accel.core.score_job import Job, job_for, known_ids
 
 WORDS = ["turn on the lights in the kitchen", "stop the timer", "close the blinds", "is it cold outside", "what time is it"]

@@ -14,7 +14,7 @@ from finetune_accel.core import endpoint
 from finetune_accel.core.cli import app
 from finetune_accel.core.errors import BadInput, FinetuneAccelError, PhaseFailed
 from finetune_accel.core.job import signing_key
-from finetune_accel.core.quality_monitor import keep_monitor, monitor_config, unpack_sql
+from finetune_accel.core.quality_monitor import SHARES, keep_monitor, monitor_definition, unpack_sql
 from finetune_accel.core.signing import own_key
 from finetune_accel.core.workspace import NEEDED_ON_CATALOG, NEEDED_ON_SCHEMA, examine_workspace
 
@@ -120,16 +120,34 @@ def test_the_key_of_a_job_is_a_secret_of_the_workspace(workspace, tmp_path):
 
 
 def test_the_quality_monitor_is_made_once_and_kept(workspace):
-    assert QualityMonitor.from_dict(monitor_config(UNPACKED)).as_dict()["time_series"]["timestamp_col"] == "request_time"
     assert [keep_monitor(UNPACKED), keep_monitor(UNPACKED)] == ["made", "kept"]
     assert [command for command, path, _ in workspace.state["asked"] if path.endswith("/monitor")] == ["GET", "POST", "GET", "PUT"]
+    wanted = monitor_definition(UNPACKED, ["1 hour", "1 day"], SHARES)
+    assert {**workspace.state["monitors"][UNPACKED], "table_name": UNPACKED} == wanted, "each part of the definition arrived"
     workspace.state["faults"] = {"POST .*/monitor": 403}
     with pytest.raises(BadInput, match="does not allow it"):
         keep_monitor("staging.home_intents.other")
 
 
-def test_the_unpacking_is_sql_of_databricks():
+def test_databricks_takes_the_definition_and_would_refuse_an_unknown_key():
+    made = monitor_definition(UNPACKED, ["1 day"], ["error"])
+    known = QualityMonitor.from_dict(made)
+    assert known.time_series.granularities == ["1 day"] and known.custom_metrics[0].name == "share_error"
+    with pytest.raises(Exception, match="nonsense"):
+        QualityMonitor.from_dict({**made, "nonsense": 1})
+    for table, window in (("home", "1 day"), ("a.b.c", "1 minute")):
+        with pytest.raises(BadInput):
+            monitor_definition(table, [window], [])
+
+
+def test_both_unpacked_tables_have_the_columns_that_the_monitor_reads():
     import sqlglot
 
+    from finetune_accel.core.watched import language_columns
+    from finetune_accel.core.window_counts import unpacked_schema
+
     (statement,) = sqlglot.parse(unpack_sql("a.b.home_payload", UNPACKED), dialect="databricks")
-    assert {column.alias_or_name for column in statement.find(sqlglot.exp.Select).expressions} >= {"request_time", "answer", "finish_reason", "completion_tokens"}
+    of_sql = {column.alias_or_name for select in statement.find_all(sqlglot.exp.Select) for column in select.expressions}
+    made = monitor_definition(UNPACKED, ["1 day"], SHARES)
+    read = {made["time_series"]["timestamp_col"], *made["slicing_exprs"], *(column for one in made["custom_metrics"] for column in one["input_columns"])}
+    assert read <= of_sql and read <= set(unpacked_schema(language_columns([])).names)

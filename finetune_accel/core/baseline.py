@@ -11,14 +11,14 @@ import json
 from collections.abc import Iterable, Sequence
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pyarrow.parquet as pq
 from deltalake import write_deltalake
 
 from .criteria import Criterion
 from .errors import BadInput, Broken
-from .inference_table import FEED, as_arrow, check_table, payload
+from .inference_table import as_arrow, check_table, payload
 from .readers import open_source
 from .sketches import SAMPLE, smallest
 from .tables import open_delta

@@ -118,7 +118,7 @@ def find_personal(text: str) -> list[Finding]:
         found += _personal_numbers(text)
     return _apart(found)
 
-
+# %% ../../nbs/core/checks.ipynb #f76946a3
 def redact_personal(text: str, findings: list[Finding]) -> str:
     """Return `text` with each finding replaced by its kind, such as <EMAIL>."""
     for finding in sorted(findings, reverse=True, key=lambda f: f.start):

@@ -45,8 +45,8 @@ def command_line(context: typer.Context,
 
 # %% auto #0
 __all__ = ['app', 'console', 'Overrides', 'RunDir', 'Engine', 'Unpickle', 'command_line', 'init', 'check', 'scaffold',
-           'validate_file', 'list_phases', 'doctor', 'Screen', 'run', 'show_grid', 'prove', 'show_run', 'handover',
-           'quiz', 'report', 'serve', 'score', 'endpoint', 'main']
+           'validate_file', 'list_phases', 'doctor', 'lab', 'Screen', 'run', 'show_grid', 'prove', 'show_run',
+           'handover', 'quiz', 'report', 'serve', 'score', 'endpoint', 'main']
 
 # %% ../../nbs/core/cli.ipynb #bfc8f08e
 @app.command()
@@ -81,7 +81,7 @@ def check(target: str) -> None:
         found = f"{engagement.path.name} is valid: {', '.join(engagement.sections)}"
     console.print(found, soft_wrap=True, markup=False, highlight=False)
 
-
+# %% ../../nbs/core/cli.ipynb #690e3aef
 @app.command()
 def scaffold(folder: Path, defaults: Annotated[bool, typer.Option("--defaults", help="ask nothing")] = False,
              data: Annotated[list[str], typer.Option(help="NAME=VALUE: the answer to a question, may be repeated")] = []) -> None:
@@ -107,7 +107,7 @@ def validate_file(file: str, form: Annotated[str, typer.Option("--as", help="cha
     if not verdict.rows or not verdict.ours_accepts:
         raise BadInput(file, f"not every row keeps the rules of {form}" if verdict.rows else "has no rows", "mend the rows listed above")
 
-
+# %% ../../nbs/core/cli.ipynb #d6349c09
 @app.command(name="phases")
 def list_phases() -> None:
     """List the phases: notebook, what each reads, and its parameters."""
@@ -137,6 +137,20 @@ def doctor(workspace: Annotated[Optional[str], typer.Option(help="catalog.schema
     console.print(table)
     if not all(finding.ok for finding in findings if finding.needed):
         raise typer.Exit(1)
+
+# %% ../../nbs/core/cli.ipynb #1ab00002
+@app.command()
+def lab(engagement: Annotated[str, typer.Argument(help="file, or name of a shipped one")],
+        run_dir: Annotated[Optional[Path], typer.Option(help="run folder, default runs/NAME")] = None,
+        start: Annotated[bool, typer.Option(help="open them in JupyterLab")] = True) -> None:
+    """Put an engagement's settings into the notebooks, in its run folder, and open them."""
+    from finetune_accel.core.lab import start_lab, write_notebooks
+
+    loaded = load_engagement(engagement)
+    folder = write_notebooks(loaded, resolve_run_dir(run_dir.absolute() if run_dir else f"runs/{loaded.common.name}"))
+    console.print(f"notebooks: {folder}", soft_wrap=True, markup=False, highlight=False)
+    if start:
+        start_lab(folder)
 
 # %% ../../nbs/core/cli.ipynb #bb252c21
 class Screen:
@@ -337,7 +351,7 @@ def serve(target: str, host: str = "127.0.0.1", port: Annotated[int, typer.Optio
     serve_model(target, host=host, port=port, engine=engine, also=more, adapters=_named(adapter, "--adapter"), table=table, no_token=no_token,
                 trusted=unpickle)
 
-
+# %% ../../nbs/core/cli.ipynb #7aa97d3c
 @app.command()
 def score(source: str, model: Annotated[str, typer.Option(help="run folder, models:/name@alias or model folder")],
           out: Annotated[Path, typer.Option(help="folder of the Delta table of answers; OUT_set_aside has the rows that have none")],
@@ -386,7 +400,7 @@ def score(source: str, model: Annotated[str, typer.Option(help="run folder, mode
     if counts.left and not follow:
         raise GateNotMet("stopped before all rows were asked; the same command (with a higher --token-cap, if that was reached) goes on")
 
-
+# %% ../../nbs/core/cli.ipynb #7e1b7d54
 def _json_object(text: bytes, place: str) -> dict:
     """Return the JSON object in a file. Raises BadInput."""
     try:
@@ -414,7 +428,7 @@ def endpoint(target: str, name: Annotated[Optional[str], typer.Option(help="of t
                                   table=table)
     console.print(yaml.safe_dump(outcome, sort_keys=False), soft_wrap=True, markup=False, highlight=False)
 
-
+# %% ../../nbs/core/cli.ipynb #52d10e69
 def main() -> None:
     """Run the command line; what was refused on purpose ends with its message and exit code."""
     try:

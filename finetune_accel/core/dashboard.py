@@ -5,21 +5,16 @@
 # %% ../../nbs/core/dashboard.ipynb #5a844c7b
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Sequence
-from importlib import resources
-from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
-from jinja2 import Environment, StrictUndefined
 from matplotlib.figure import Figure
 
 from .monitoring import read_table
+from .pages import inline_svg, render, write_page
 from .plots import COLOURS, save_svg
-from .secrets import redact
 from .watched import Column
 
 # %% auto #0
@@ -89,21 +84,17 @@ def draw(found: Sequence[Line]) -> Figure:
     return figure
 
 # %% ../../nbs/core/dashboard.ipynb #96d587d7
-def _svg(figure: Figure, path: Path) -> str:
-    save_svg(figure, path)
-    return re.sub(r"^.*?(?=<svg)", "", path.read_text(), count=1, flags=re.DOTALL)
+def _picture(shown: Sequence[Line], path: Path) -> str:
+    """Draw the panels to a file and return them as markup; what is said in their place names the columns that are out."""
+    save_svg(draw(shown), path)
+    out = [line.column.name for line in shown if any(line.out)]
+    return inline_svg(path.read_text(), "columns", f"{len(shown)} watched columns over the windows. Out at some time: {', '.join(out) or 'none'}.")
 
 
 def write_dashboard(folder: Path, name: str, columns: Sequence[Column], found: dict[str, Any], rules: str, note: str = "") -> Path:
     """Write dashboard.html in a monitor's folder and return its path; `found` is what `monitor` returned, `rules` says by which rules."""
-    template = (resources.files("finetune_accel") / "dashboard.html.j2").read_text()
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     shown = lines(folder, columns)
     signals = [row for row in read_table(folder / "signals") if row["out"]][-100:]
-    picture = _svg(draw(shown), folder / "columns.svg")
-    html = environment.from_string(template).render(name=name, found=found, windows=read_table(folder / "windows")[-100:], signals=signals[::-1], picture=picture,
-                                                    columns=[line.column for line in shown], rules=rules, note=note)
-    path, staged = folder / "dashboard.html", folder / ".dashboard.html"
-    staged.write_text(redact(html))
-    os.replace(staged, path)
-    return path
+    html = render("dashboard.html.j2", name=name, found=found, windows=read_table(folder / "windows")[-100:], signals=signals[::-1],
+                  picture=_picture(shown, folder / "columns.svg"), columns=[line.column for line in shown], rules=rules, note=note)
+    return write_page(folder / "dashboard.html", html)

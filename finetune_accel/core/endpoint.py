@@ -135,7 +135,7 @@ def served_entity(model: str, version: int | str, workload_type: str, workload_s
             "workload_size": _one_of(workload_size, WORKLOAD_SIZES, "workload size"), "scale_to_zero_enabled": scale_to_zero,
             **({"environment_vars": environment} if environment else {})}
 
-
+# %% ../../nbs/core/endpoint.ipynb #25903b85
 def gateway(table: Optional[str], calls_per_minute: Optional[int]) -> dict:
     """Return what stands before the server: usage tracking, an inference table `catalog.schema.prefix`, a limit of calls. Raises BadInput."""
     config: dict[str, Any] = {"usage_tracking_config": {"enabled": True}}
@@ -219,7 +219,7 @@ def workspace_errors(place: str) -> Iterator[None]:
     except (DatabricksError, OSError) as error:
         raise PhaseFailed(f"{place}: the workspace failed ({error}). The same command goes on from there.") from None
 
-
+# %% ../../nbs/core/endpoint.ipynb #0bd5f7b0
 def connect(host: Optional[str], token: Optional[str]) -> Any:
     """Return a client of the workspace. Raises BadInput if no workspace is known."""
     from databricks.sdk import WorkspaceClient
@@ -286,7 +286,7 @@ def wait_for_version(workspace: Any, model: str, version: str, waiting: Waiting)
             raise BadInput(place, "was not registered to its end", "register the model again and give that version")
         waiting.go_on(f"{place}: {status}")
 
-
+# %% ../../nbs/core/endpoint.ipynb #ce83d675
 def apply(workspace: Any, wanted: dict, present: dict | None, changes: dict[str, str]) -> None:
     """Send what differs to the workspace."""
     from databricks.sdk.service.serving import AiGatewayConfig, EndpointCoreConfigInput, EndpointTag
@@ -384,7 +384,7 @@ def server_of_run(run_dir: Path, registering: bool) -> tuple[str, str, int | str
     metadata = {"base_model": trained["base_model"]["source"], "licence": trained["base_model"]["licence"], "train_key": trained["key"]}
     return settings["name"], server_name(registered), register_server(run.output("train/merged"), registered, trained["mlflow_run_id"], metadata)
 
-
+# %% ../../nbs/core/endpoint.ipynb #7f86c085
 def server_of_champion(run_dir: Path, environment: str, registering: bool) -> tuple[str, str, int | str]:
     """Return (endpoint's name, model, version) that answers as the champion of an environment; its server is registered once. Raises BadInput.
 
@@ -422,7 +422,7 @@ def _register_champion(place: Any, version: str, server: str) -> int:
     stores.set_alias(place.uri, server, f"of-{version}", str(number))
     return number
 
-
+# %% ../../nbs/core/endpoint.ipynb #cddd8b5c
 def databricks_endpoint(target: str, name: Optional[str] = None, *, environment: Optional[str] = None, deploying: bool = False, dry_run: bool = False, host: Optional[str] = None,
                         token: Optional[str] = None, seconds: float = 3600, tell: Tell = print, **options: Any) -> dict:
     """Return {config} of the endpoint for a run folder (or the champion of its `environment`) or a registered server; `deploying` deploys it and adds what `deploy` returns.

@@ -126,7 +126,7 @@ def _most_frequent(items: list[dict]) -> Answers:
     answer = min(Counter(item["response"] for item in items).items(), key=lambda pair: (-pair[1], pair[0]))[0]
     return Answers("base", "the most frequent answer", items, [answer] * len(items), ["stop"] * len(items), 0.0)
 
-
+# %% ../../nbs/core/existing_models.ipynb #22711f32
 def evaluate_existing(uri: str, rows: str | Path, criteria: list[Criterion], against: str, seed: int, out: Path, *, data_sources: list[dict], licence: str = "not stated",
                       log: DecisionLog | None = None, reason: str = "final verdict", trusted: bool = False) -> dict:
     """Judge the registered model `uri` on `rows` and return what is written as `out`/evaluation.json. Raises BadInput.

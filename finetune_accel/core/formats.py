@@ -197,7 +197,7 @@ def _order_problem(roles: list[str]) -> Broken | None:
                           "join the two messages into one")
     return None if turns[-1] == "assistant" else broken("last not assistant", "the last message is the user's", "add the answer or remove the last message")
 
-
+# %% ../../nbs/core/formats.ipynb #18bc295a
 def _json_list(text: str) -> Any:
     """Return the JSON in a cell of text, or Broken."""
     try:
@@ -294,7 +294,7 @@ class ServiceRule(NamedTuple):
             return "same"
         return "looser" if self.ours == "accepts" else "stricter"
 
-
+# %% ../../nbs/core/formats.ipynb #a4daec4a
 FORMATS = {"chat": "chat", "instruction": "supervised", "pretrain": "continued_pretraining"}  # format of `validate --as` -> approach
 _ASK, _ANSWER, _SYSTEM = ({"role": role, "content": "words"} for role in ("user", "assistant", "system"))
 _TALK, _PAIR, _TEXT = {"messages": [_ASK, _ANSWER]}, {"prompt": "words", "response": "words"}, {"text": "words"}
@@ -402,7 +402,7 @@ def _service_pretrain(row: Any) -> str | None:
         return "files are UTF-8"
     return None if isinstance(row.get("text"), str) else "a file is text"
 
-
+# %% ../../nbs/core/formats.ipynb #7eca9a36
 SERVICE = {"chat": _service_chat, "instruction": _service_instruction, "pretrain": _service_pretrain}
 
 

@@ -80,7 +80,7 @@ class Answering:
         for stream in self.streams:
             stream.close()
 
-
+# %% ../../nbs/core/front.ipynb #2da00ec3
 class Front:
     """What a request meets: models by name, a limit of time, and what is counted."""
 

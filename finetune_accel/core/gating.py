@@ -149,7 +149,7 @@ class Gate:
         except Exception as error:  # evidence may hold anything; what cannot be checked does not hold
             return Check(name, False, f"cannot be checked ({type(error).__name__}: {str(error)[:200]})", "evaluate and register again: the evidence is damaged")
 
-
+# %% ../../nbs/core/gating.ipynb #9a9cc1f8
 def days_since(when: str) -> float:
     """Return the days between a time in ISO 8601 and now."""
     then = datetime.fromisoformat(when)

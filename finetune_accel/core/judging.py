@@ -69,7 +69,7 @@ def check_judging(path: Path) -> int:
     check_own_criteria(found.criteria)
     return len(read_test_rows(Path(found.rows))[0])
 
-
+# %% ../../nbs/core/judging.ipynb #7cd8c42a
 def newest(uri: str) -> str:
     """Return `models:/name/latest` with the number of the newest version, any other uri as it is. Raises BadInput."""
     if not (found := re.fullmatch(r"models:/([^/@]+)/latest", uri)):

@@ -62,7 +62,7 @@ def check_utf8(path: Path, name: str) -> None:
                 return
             line, offset = line + chunk.count(b"\n"), offset + len(chunk)
 
-
+# %% ../../nbs/core/lines.ipynb #1b4c9878
 class _Lines:
     """Lines for csv.reader that remember those of the present record, so that a broken record can be put back."""
 
@@ -113,7 +113,7 @@ def csv_records(file: BinaryIO, separator: str, name: str) -> Iterator[tuple[int
             continue
         yield number, fields, size
 
-
+# %% ../../nbs/core/lines.ipynb #a02fd4c8
 def csv_header(path: Path, name: str) -> tuple[str, list[str]]:
     """Return (separator, column names) of a CSV file. Raises BadInput."""
     read_head(path, name)

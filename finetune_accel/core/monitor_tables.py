@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from datetime import datetime, timedelta, timezone
 from typing import Any, NamedTuple
 
@@ -14,13 +13,12 @@ import numpy as np
 import pyarrow as pa
 from scipy.special import chdtrc, kolmogorov
 
-from .errors import BadInput
 from .sketches import ColumnCounts, Numbers
 
 # %% auto #0
 __all__ = ['GRANULARITIES', 'MONDAY', 'WINDOW', 'PLACE', 'ITEM', 'FLOATS', 'PROFILE', 'MONITOR_VERSION', 'QUANTILES',
            'DATA_TYPES', 'SLICE_KEY', 'TEST', 'DELTAS', 'DRIFT', 'window_of', 'window', 'Cell', 'profile_row',
-           'number_distances', 'count_distances', 'distances', 'drift_row', 'monitor_definition']
+           'number_distances', 'count_distances', 'distances', 'drift_row']
 
 # %% ../../nbs/core/monitor_tables.ipynb #c6db9851
 GRANULARITIES = {"1 minute": timedelta(minutes=1), "5 minutes": timedelta(minutes=5), "30 minutes": timedelta(minutes=30),
@@ -147,20 +145,3 @@ def drift_row(cell: Cell, counts: ColumnCounts, before: ColumnCounts, compared: 
               if ours.get(key := name.removesuffix("_delta")) is not None and theirs.get(key) is not None}
     return {**cell.as_row(granularity), "data_type": ours["data_type"], "window_cmp": None if compared is None else window(compared, granularity),
             "drift_type": "BASELINE" if compared is None else "CONSECUTIVE", "count_delta": ours["count"] - theirs["count"], **deltas, **distances(before, counts)}
-
-# %% ../../nbs/core/monitor_tables.ipynb #4f412ced
-def _share(column: str) -> dict:
-    return {"type": "CUSTOM_METRIC_TYPE_AGGREGATE", "name": f"share_{column}", "input_columns": [column],
-            "definition": "avg(cast(`{{input_column}}` as double))", "output_data_type": '{"type":"struct","fields":[{"name":"output","type":"double"}]}'}
-
-
-def monitor_definition(table: str, assets_dir: str, granularity: str, shares: Sequence[str], baseline: str | None) -> dict:
-    """Return the definition of a Databricks monitor of the unpacked `table` (catalog.schema.name), as a bundle holds it. Raises BadInput."""
-    if table.count(".") != 2:
-        raise BadInput(table, "is no table of Unity Catalog", "give catalog.schema.name")
-    if granularity == "1 minute":
-        raise BadInput("monitor.window", "Databricks' shortest window has 5 minutes", "use 5 minutes or more")
-    return {"table_name": table, "assets_dir": assets_dir, "output_schema_name": table.rpartition(".")[0],
-            "time_series": {"timestamp_col": "request_time", "granularities": [granularity]}, "slicing_exprs": [SLICE_KEY],
-            "custom_metrics": [_share(name) for name in shares], "schedule": {"quartz_cron_expression": "0 0 * * * ?", "timezone_id": "UTC"},
-            **({"baseline_table_name": baseline} if baseline else {})}

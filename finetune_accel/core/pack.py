@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jinja2 import Environment, StrictUndefined
 
 from .alerts import ADVICE
 from .engagement import phases
 from .errors import BadInput
+from .pages import markdown_body, render, write_page
 from .policy import load_policy
 from .report import lineage, not_shown, score_lines, verdict_sentences, write_report
 from .runbooks import Done, runbooks
@@ -25,7 +25,7 @@ from .sources import local_path
 from .tracking import store_uri
 
 # %% auto #0
-__all__ = ['RIGHTS', 'GLOSSARY', 'FILES', 'CARD', 'architecture', 'phase_rows', 'owners', 'open_risks', 'model_card', 'bill_rows',
+__all__ = ['RIGHTS', 'GLOSSARY', 'FILES', 'architecture', 'phase_rows', 'owners', 'open_risks', 'model_card', 'bill_rows',
            'write_pack']
 
 # %% ../../nbs/core/pack.ipynb #14924787
@@ -125,7 +125,6 @@ def bill_rows(bom: dict) -> list[dict[str, str]]:
 # %% ../../nbs/core/pack.ipynb #06a527d0
 FILES = {"engagement.yaml": "the engagement as run", "criteria.json": "what success means", "next_steps.json": "the advice, for programs", "doubtful_rows.jsonl": "labels in doubt",
          "bom.json": "bill of materials (CycloneDX)", "parity.json": "certificate of the service", "second_use_case.ipynb": "the second use case, as a notebook"}
-CARD = "<!doctype html><html lang='en'><head><meta charset='utf-8'><title>{title}</title></head><body style='font-family:sans-serif;max-width:70rem;margin:2rem auto'>{body}</body></html>"
 
 
 def _copy_files(run: RunFolder, results: dict[str, dict], folder: Path) -> None:
@@ -141,13 +140,11 @@ def _copy_files(run: RunFolder, results: dict[str, dict], folder: Path) -> None:
 
 def write_pack(run: RunFolder, folder: Path, steps: dict, tried: dict[str, list[Done]]) -> Path:
     """Write the pack into `folder` (which is there, with next_steps.json and doubtful_rows.jsonl) and return its page."""
-    from nbconvert.filters import markdown2html
-
     results = {phase.name: result for phase in phases() if (result := run.result(phase.name))}
     _copy_files(run, results, folder)
     write_report(run, folder / "report.html", {"handover": {"next_steps": steps}})
     for name, text in (("model_card", model_card(results)), ("data_card", run.output("prepare/data_card.md").read_text())):
-        (folder / f"{name}.html").write_text(redact(CARD.format(title=name.replace("_", " "), body=markdown2html(text))))
+        write_page(folder / f"{name}.html", render("card.html.j2", title=name.replace("_", " "), body=markdown_body(text)))
     settings = results["plan"]["settings"]
     bom = json.loads((folder / "bom.json").read_text()) if (folder / "bom.json").is_file() else None
     facts = {"name": settings["name"], "use_case": results["plan"]["use_case"], "run_dir": str(run.path), "parts": architecture(run, results), "phases": phase_rows(results),
@@ -155,7 +152,4 @@ def write_pack(run: RunFolder, folder: Path, steps: dict, tried: dict[str, list[
              "risks": open_risks(results), "bill": bill_rows(bom) if bom else [], "cost": results["evaluate"]["cost"], "steps": steps,
              "kinds": [{"alert": column, "means": means, "next": "; ".join(asked)} for column, (means, asked) in ADVICE.items()],
              "alerts": results.get("monitor", {}).get("alerts"), "files": {name: what for name, what in FILES.items() if (folder / name).is_file()}}
-    template = (resources.files("finetune_accel") / "handover.html.j2").read_text()
-    page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(template).render(facts)
-    (folder / "index.html").write_text(redact(page))
-    return folder / "index.html"
+    return write_page(folder / "index.html", render("handover.html.j2", **facts))

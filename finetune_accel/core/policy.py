@@ -105,7 +105,7 @@ def _unlisted(values: Sequence[str], allowed: list[str] | None) -> list[str]:
     known = None if allowed is None else {one.casefold() for one in allowed}
     return [value for value in dict.fromkeys(values) if known is not None and value.casefold() not in known]
 
-
+# %% ../../nbs/core/policy.ipynb #29d7fb2c
 @dataclass(frozen=True)
 class Policy:
     """Who may do what; `place` is the file it was read from and `sha256` the digest of the file and of all its keys."""
@@ -189,7 +189,7 @@ def _public_key(key: str, folder: Path, place: str) -> str:
         key = _refuse_private(_decoded(_read(folder / key, place, LARGEST_KEY, fix), place, fix), place)
     return read_public(key, place).public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo).decode()
 
-
+# %% ../../nbs/core/policy.ipynb #6df2f74e
 def _content(raw: bytes, place: str) -> _File:
     text = _decoded(raw, place, "save the file as UTF-8")
     try:

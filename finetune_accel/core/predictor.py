@@ -214,7 +214,7 @@ class PyfuncPredictor:
         for pair in pairs:
             yield from self._answer([pair])
 
-
+# %% ../../nbs/core/predictor.ipynb #b2aadbb9
 def said(value: Any) -> Answer | Broken:
     """Return a prediction as an answer."""
     if value is None:

@@ -114,7 +114,7 @@ def register_existing(desk: Desk, place: Place, source: Place, version: str, eva
         seal(artefact, desk.key)
         return _publish(desk, place, artefact, "register", "candidate", why=why, **of)
 
-
+# %% ../../nbs/core/promotion.ipynb #6d667d88
 def bring(desk: Desk, source: Place, place: Place, why: str) -> str:
     """Copy the champion of `source` into the store of `place` as candidate, as it is; return the version there."""
     desk.policy.require(desk.key.fingerprint, "register")
@@ -245,7 +245,7 @@ def promote(desk: Desk, place: Place, version: str, alias: str, why: str, before
             _move(desk, place, "promote", version, start, start, artefact=sha256, why=why, held=held)
         return Decision(version, checks, True)
 
-
+# %% ../../nbs/core/promotion.ipynb #2cc77fdd
 def approve(desk: Desk, place: Place, version: str, why: str) -> dict:
     """Approve exactly the files of a version for an environment. Raises BadInput for who may not, or files that nobody of the policy signed."""
     desk.policy.require(desk.key.fingerprint, "approve")

@@ -201,7 +201,7 @@ def _try_example(model: Any, columns: Optional[list[Column]]) -> None:
     except Exception as error:  # whatever a stranger's model raises
         raise BadInput("model", f"does not answer the example that it was logged with: {_said(error)}", ONE_A_ROW) from None
 
-
+# %% ../../nbs/core/pyfunc.ipynb #eb2f228f
 def answer_tables(pipe: Connection, folder: str) -> None:
     """Load the model in `folder` and answer the rows that come through `pipe` (JSON) with ["done", values] or ["refused" or "failed", why]."""
     for number in (signal.SIGINT, signal.SIGTERM):  # the job's, which ends this process when it has what it asked for

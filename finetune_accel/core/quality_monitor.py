@@ -5,15 +5,19 @@
 # %% ../../nbs/core/quality_monitor.ipynb #f5edc3e7
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from .endpoint import connect, workspace_errors
 from .errors import BadInput
 
 # %% auto #0
-__all__ = ['unpack_sql', 'monitor_config', 'keep_monitor']
+__all__ = ['SHARES', 'unpack_sql', 'monitor_definition', 'keep_monitor']
 
 # %% ../../nbs/core/quality_monitor.ipynb #b185d162
+SHARES = ("error", "cut", "empty")  # what SQL can tell of an answer
+
+
 def _name(table: str) -> str:
     if table.count(".") != 2 or "`" in table or not all(table.split(".")):
         raise BadInput(table, "is no table of Unity Catalog", "write catalog.schema.name")
@@ -23,38 +27,48 @@ def _name(table: str) -> str:
 def unpack_sql(payload: str, unpacked: str) -> str:
     """Return the SQL that makes `unpacked` (catalog.schema.name) anew from an endpoint's inference table. Raises BadInput for what is no name."""
     return f"""CREATE OR REPLACE TABLE {_name(unpacked)} TBLPROPERTIES (delta.enableChangeDataFeed = true) AS
-SELECT
-  databricks_request_id, request_time, status_code, execution_duration_ms, served_entity_id, requester,
-  length(request) AS request_characters,
+SELECT *, status_code <> 200 AS error, finish_reason = 'length' AS cut, trim(answer) = '' AS empty
+FROM (SELECT
+  databricks_request_id AS request_id, client_request_id, request_time, served_entity_id AS model, requester, status_code,
+  execution_duration_ms AS latency_ms, length(request) AS request_characters,
   coalesce(get_json_object(response, '$.choices[0].message.content'), get_json_object(response, '$.predictions[0]')) AS answer,
   get_json_object(response, '$.choices[0].finish_reason') AS finish_reason,
   CAST(get_json_object(response, '$.usage.prompt_tokens') AS INT) AS prompt_tokens,
   CAST(get_json_object(response, '$.usage.completion_tokens') AS INT) AS completion_tokens
-FROM {_name(payload)}"""
+FROM {_name(payload)})"""
+
+# %% ../../nbs/core/quality_monitor.ipynb #9a01d3b5
+def _share(column: str) -> dict:
+    return {"type": "CUSTOM_METRIC_TYPE_AGGREGATE", "name": f"share_{column}", "input_columns": [column],
+            "definition": "avg(cast(`{{input_column}}` as double))", "output_data_type": '{"type":"struct","fields":[{"name":"output","type":"double"}]}'}
 
 
-def monitor_config(unpacked: str) -> dict:
-    """Return the monitor of an unpacked table, an hour and a day a window, refreshed each hour; it writes beside the table."""
-    catalog, schema, name = unpacked.split(".")
-    return {"table_name": unpacked, "assets_dir": f"/Workspace/Shared/monitors/{name}", "output_schema_name": f"{catalog}.{schema}",
-            "time_series": {"timestamp_col": "request_time", "granularities": ["1 hour", "1 day"]}, "slicing_exprs": ["status_code", "finish_reason"],
-            "schedule": {"quartz_cron_expression": "0 45 * * * ?", "timezone_id": "UTC"}}
+def monitor_definition(unpacked: str, windows: Sequence[str], shares: Sequence[str]) -> dict:
+    """Return the monitor of an unpacked table (catalog.schema.name), as a bundle holds it; it writes beside the table, each hour. Raises BadInput."""
+    _name(unpacked)
+    if "1 minute" in windows:
+        raise BadInput("monitor.window", "Databricks' shortest window has 5 minutes", "use 5 minutes or more")
+    place, _, name = unpacked.rpartition(".")
+    return {"table_name": unpacked, "assets_dir": f"/Workspace/Shared/monitors/{name}", "output_schema_name": place,
+            "time_series": {"timestamp_col": "request_time", "granularities": list(windows)}, "slicing_exprs": ["model", "finish_reason"],
+            "custom_metrics": [_share(column) for column in shares], "schedule": {"quartz_cron_expression": "0 45 * * * ?", "timezone_id": "UTC"}}
 
-
+# %% ../../nbs/core/quality_monitor.ipynb #9a01d3b8
 def keep_monitor(unpacked: str, host: str | None = None, token: str | None = None) -> str:
-    """Make the monitor of an unpacked table, or bring it to what it should be; return `made` or `kept`. Raises BadInput, PhaseFailed."""
+    """Make the monitor of a table that `unpack_sql` made, or bring it to what it should be; return `made` or `kept`. Raises BadInput, PhaseFailed."""
     from databricks.sdk.errors import NotFound
-    from databricks.sdk.service.catalog import MonitorCronSchedule, MonitorTimeSeries
+    from databricks.sdk.service.catalog import MonitorCronSchedule, MonitorMetric, MonitorTimeSeries
 
-    config = monitor_config(unpacked)
+    made = monitor_definition(unpacked, ["1 hour", "1 day"], SHARES)
     with workspace_errors(f"monitor of {unpacked}"):
         monitors: Any = connect(host, token).quality_monitors
-        given = {"output_schema_name": config["output_schema_name"], "time_series": MonitorTimeSeries.from_dict(config["time_series"]),
-                 "slicing_exprs": config["slicing_exprs"], "schedule": MonitorCronSchedule.from_dict(config["schedule"])}
+        given = {"output_schema_name": made["output_schema_name"], "time_series": MonitorTimeSeries.from_dict(made["time_series"]),
+                 "slicing_exprs": made["slicing_exprs"], "custom_metrics": [MonitorMetric.from_dict(one) for one in made["custom_metrics"]],
+                 "schedule": MonitorCronSchedule.from_dict(made["schedule"])}
         try:
             monitors.get(unpacked)
         except NotFound:
-            monitors.create(unpacked, assets_dir=config["assets_dir"], **given)
+            monitors.create(unpacked, assets_dir=made["assets_dir"], **given)
             return "made"
         monitors.update(unpacked, **given)
         return "kept"

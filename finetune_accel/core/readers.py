@@ -32,7 +32,7 @@ def open_file(path: Path, name: str) -> Opened:
                        UNREAD.get(path.suffix.lower(), f"give one of: {' '.join(KINDS)}"))
     return OPENERS[KINDS[path.suffix.lower()]](path, name)
 
-
+# %% ../../nbs/core/readers.ipynb #230b2c49
 def folder_files(root: Path, source: str) -> list[str]:
     """Return the data files of a folder, relative and sorted; raise BadInput for links out of it, pipes and devices."""
     names, inside = [], root.resolve()

@@ -5,23 +5,21 @@
 # %% ../../nbs/core/report.ipynb #1c79a9a8
 from __future__ import annotations
 
-import os
-import re
-from importlib import resources
 from pathlib import Path
 
-from jinja2 import Environment, StrictUndefined, UndefinedError
+from jinja2 import UndefinedError
+from markupsafe import Markup
 
 from .criteria import LOWER_IS_BETTER, titled
 from .errors import BadInput
+from .pages import inline_svg, render, write_page
 from .parity import effect
 from .runs import RunFolder
-from .secrets import redact
 from .sources import KNOWN_PACKAGES, package_pin, scheme
 
 # %% auto #0
-__all__ = ['SYSTEMS', 'score_lines', 'verdict_sentences', 'engine_lines', 'promotion_line', 'monitor_line', 'systems_compared',
-           'not_shown', 'lineage', 'write_report']
+__all__ = ['SYSTEMS', 'score_lines', 'verdict_sentences', 'engine_lines', 'systems_compared', 'promotion_line', 'monitor_line',
+           'not_shown', 'lineage', 'headline', 'summary_lines', 'spoken', 'pictures', 'report_facts', 'write_report']
 
 # %% ../../nbs/core/report.ipynb #023e09c1
 def score_lines(scores: list[dict]) -> list[list[str]]:
@@ -70,12 +68,17 @@ def engine_lines(engines: list[dict]) -> list[list[str]]:
                        f"{found['p95_seconds']:.1f} s", effect(found)] if "equal" in found else
                       [found["engine"], found["verdict"], "-", "-", "-", effect(found)] for found in engines)]
 
-
+# %% ../../nbs/core/report.ipynb #65350acc
 SYSTEMS = {
     "base": "the untuned model", "base+K": "the untuned model, told all possible answers and shown K examples",
     "base+K nearest": "the same, shown the K training examples nearest to each prompt, as retrieval would find them",
     "nearest": "copies the answer of the most similar training prompt",
     "classical": "TF-IDF and logistic regression, which can only name the label", "tuned": "the fine-tuned model"}
+
+
+def systems_compared(scores: list[dict]) -> list[tuple[str, str]]:
+    """Return (system, what it is) of each system in a score table, in its order."""
+    return [(name, SYSTEMS[name]) for name in dict.fromkeys(row["system"] for row in scores)]
 
 
 def promotion_line(promoted: dict, folder: str | Path) -> str:
@@ -96,11 +99,6 @@ def monitor_line(monitored: dict, folder: str | Path) -> str:
     if monitored["replayed"]:
         return f"monitor: {seen}, replayed; of the service: finetune-accel monitor {folder} --table TABLE"
     return f"monitor: {seen}; " + (f"ALERTS: {alerts} (see {folder}/{monitored['outputs']['dashboard.html']['path']})" if alerts else "no alert holds")
-
-
-def systems_compared(scores: list[dict]) -> list[tuple[str, str]]:
-    """Return (system, what it is) of each system in a score table, in its order."""
-    return [(name, SYSTEMS[name]) for name in dict.fromkeys(row["system"] for row in scores)]
 
 # %% ../../nbs/core/report.ipynb #a0b685c6
 def not_shown(results: dict[str, dict]) -> list[str]:
@@ -139,16 +137,89 @@ def lineage(results: dict[str, dict]) -> list[tuple[str, str, str]]:
                  if name in trained["outputs"]]
     return rows
 
+# %% ../../nbs/core/report.ipynb #023263f5
+def headline(results: dict[str, dict]) -> str:
+    """Return in one sentence how many of the customer's criteria are met."""
+    if "evaluate" not in results:
+        return "Nothing is judged yet: the evaluate phase has not been run."
+    met = [criterion["met"] for criterion in results["evaluate"]["criteria"]]
+    many = {0: "None", len(met): "All"}.get(sum(met), str(sum(met)))
+    if len(met) == 1:
+        return f"The success criterion is {'met' if met[0] else 'not met'}."
+    return f"{many} of the {len(met)} success criteria {'is' if sum(met) < 2 else 'are'} met."
 
-def _picture(run: RunFolder, name: str, alt: str) -> str:
-    """Return an SVG output as inline markup with a title for those who listen, or nothing if the phase did not run."""
-    result = run.result(name.split("/")[0])
-    if not result or name.split("/")[1] not in result["outputs"]:
-        return ""
-    svg = re.sub(r"^.*?(?=<svg)", "", run.output(name).read_text(), count=1, flags=re.DOTALL)
-    return svg.replace("<svg ", f'<svg role="img" aria-label="{alt}" ', 1)
+
+def summary_lines(results: dict[str, dict], folder: str | Path) -> list[tuple[str, str]]:
+    """Return (what, says) for the first page: a line for each phase that speaks to whoever decides."""
+    lines = []
+    if evaluated := results.get("evaluate"):
+        times = {1: "once", 2: "twice"}.get(evaluated["test_openings"], f"{evaluated['test_openings']} times")
+        lines.append(("Judged on", f"{evaluated['scores'][0]['n']:,} test items that were never trained on; the test split was opened {times}"))
+    if prepared := results.get("prepare"):
+        rows = prepared["rows"]
+        lines.append(("Data", f"{rows['in']:,} rows came in, {sum(rows['kept'].values()):,} are used, {sum(rows['set_aside'].values()):,} were set aside with a reason"))
+    if trained := results.get("train"):
+        lines.append(("Model", f"{trained['base_model']['source']}, {trained['base_model']['parameters'] / 1e6:,.0f} million parameters, tuned with "
+                               f"{trained['settings']['method']} on {trained['tokens']:,} tokens in {trained['training_seconds'] / 60:.1f} minutes"))
+    lines += [("Service", results["serve"]["in_words"])] if "serve" in results else []
+    lines += [("Promotion", promotion_line(results["promote"], folder).removeprefix("promote: "))] if "promote" in results else []
+    lines += [("Monitoring", monitor_line(results["monitor"], folder).removeprefix("monitor: "))] if "monitor" in results else []
+    if advised := results.get("handover", {}).get("next_steps", {}).get("advised"):
+        lines.append(("Next step", f"{advised[0]['step']}: {advised[0]['do']}"))
+    return [*lines, ("Limits", f"{len(not_shown(results))} stand under What was not shown")]
+
+# %% ../../nbs/core/report.ipynb #e83ec73b
+def spoken(results: dict[str, dict]) -> dict[str, str]:
+    """Return what is said in place of each picture, by the picture's file."""
+    said = {}
+    if prepared := results.get("prepare"):
+        rows = prepared["card"]["lengths"]["train"]
+        said["prepare/lengths.svg"] = (f"Histogram of row lengths. Half of the training rows have up to {rows['median']:.0f} tokens, "
+                                       f"95 of 100 up to {rows['p95']:.0f}, the longest {rows['longest']}.")
+    if trained := results.get("train"):
+        dev = ", ".join(f"{name} {value:.2f}" for name, value in trained["dev"].items())
+        said["train/training.svg"] = (f"Training loss over {trained['steps']} steps, from {trained['loss']['first']:.3g} to {trained['loss']['last']:.3g}; "
+                                      f"dev scores at the end: {dev}.")
+    if evaluated := results.get("evaluate"):
+        said["evaluate/scores.svg"] = "Bars of the scores in the table above, with their 95 % intervals."
+        for verdict in ("better", "worse"):
+            names = [one["slice"] for one in evaluated["slices"] if one["verdict"] == verdict]
+            said["evaluate/slices.svg"] = said.get("evaluate/slices.svg", "Difference in score in each slice.") + f" Shown to be {verdict}: {', '.join(names) or 'none'}."
+        said["evaluate/cost.svg"] = "Cost of a month over its requests, a line for each row of the table below."
+    return said
+
+
+def pictures(run: RunFolder, results: dict[str, dict]) -> dict[str, Markup]:
+    """Return the SVG outputs of a run as markup, by name; one that no phase drew is empty."""
+    drawn = {"lengths": Markup(), "training": Markup(), "scores": Markup(), "slices": Markup(), "cost": Markup()}
+    for file, says in spoken(results).items():
+        phase, name = file.split("/")
+        if name in results[phase]["outputs"]:
+            drawn[name.removesuffix(".svg")] = inline_svg(run.output(file).read_text(), name.removesuffix(".svg"), says)
+    return drawn
 
 # %% ../../nbs/core/report.ipynb #883f84fd
+def report_facts(run: RunFolder, every: dict[str, dict | None], newer: dict[str, dict]) -> dict:
+    """Return what the template is told of a run folder: results by phase (None: did not run), tables, sentences and pictures.
+
+    `newer` is as in `write_report`.
+    """
+    results = {name: result for name, result in every.items() if result}
+    evaluated = results.get("evaluate")
+    return dict(
+        name=run.path.name, folder=str(run.path), results=every | newer, done=results, headline=headline(results),
+        summary=summary_lines(results | newer, run.path),
+        approach=next((result["settings"]["approach"] for result in results.values()), "").replace("_", " "),
+        microscope=run.output("prepare/microscope.html").read_text() if "prepare" in results else "", pictures=pictures(run, results),
+        systems=systems_compared(evaluated["scores"]) if evaluated else [],
+        scores=score_lines(evaluated["scores"]) if evaluated else [], sentences=verdict_sentences(evaluated) if evaluated else [],
+        benchmark=score_lines(results["benchmark"]["scores"]) if "benchmark" in results else [],
+        engines=engine_lines(results["serve"].get("engines", [])) if "serve" in results else [],
+        promotion=promotion_line(results["promote"], run.path) if "promote" in results else "",
+        monitor=monitor_line(results["monitor"], run.path) if "monitor" in results else "",
+        lineage=lineage(results), not_shown=not_shown(results))
+
+
 def write_report(run: RunFolder, path: Path | None = None, newer: dict[str, dict] = {}) -> Path:
     """Write report.html of a run folder and return its path; phases that did not run are left out.
 
@@ -159,30 +230,8 @@ def write_report(run: RunFolder, path: Path | None = None, newer: dict[str, dict
     from finetune_accel.core.engagement import phases
 
     every = {phase.name: run.result(phase.name) for phase in phases()}
-    results = {name: result for name, result in every.items() if result}
-    template = (resources.files("finetune_accel") / "report.html.j2").read_text()
-    microscope = run.output("prepare/microscope.html").read_text() if "prepare" in results else ""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    pictures = {"lengths": _picture(run, "prepare/lengths.svg", "Histogram of row lengths in tokens"),
-                "training": _picture(run, "train/training.svg", "Training loss and dev scores over steps"),
-                "scores": _picture(run, "evaluate/scores.svg", "Scores of all systems with 95 percent intervals"),
-                "slices": _picture(run, "evaluate/slices.svg", "Differences in score by slice with 95 percent intervals"),
-                "cost": _picture(run, "evaluate/cost.svg", "Cost of a month over its requests")}
-    evaluated = results.get("evaluate")
-    facts = dict(
-        name=run.path.name, microscope=microscope, results=every | newer, done=results, pictures=pictures, lineage=lineage(results), not_shown=not_shown(results),
-        approach=next((result["settings"]["approach"] for result in results.values()), "").replace("_", " "),
-        systems=systems_compared(evaluated["scores"]) if evaluated else [],
-        table=score_lines(evaluated["scores"]) if evaluated else [], sentences=verdict_sentences(evaluated) if evaluated else [],
-        benchmark=score_lines(results["benchmark"]["scores"]) if "benchmark" in results else [], folder=str(run.path),
-        engines=engine_lines(results["serve"].get("engines", [])) if "serve" in results else [],
-        promotion=promotion_line(results["promote"], run.path) if "promote" in results else "",
-        monitor=monitor_line(results["monitor"], run.path) if "monitor" in results else "")
     try:
-        html = environment.from_string(template).render(facts)
-    except UndefinedError as error:
-        raise BadInput(str(run.path), f"holds results of another version of finetune-accel ({error.message})", "run the engagement again") from None
-    path, staged = path or run.path / "report.html", run.path / ".report.html"
-    staged.write_text(redact(html))
-    os.replace(staged, path)
-    return path
+        html = render("report.html.j2", **report_facts(run, every, newer))
+    except (UndefinedError, KeyError) as error:
+        raise BadInput(str(run.path), f"holds results of another version of finetune-accel ({error})", "run the engagement again") from None
+    return write_page(path or run.path / "report.html", html)

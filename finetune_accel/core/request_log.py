@@ -90,7 +90,7 @@ class RequestLog:
         if status == 200:
             self.metrics.whole.labels(route).observe(seconds)
 
-
+# %% ../../nbs/core/request_log.ipynb #cada26c7
 def row(scope: dict, request_id: str, at: datetime, status: int, seconds: float, asked: bytes, answered: bytes) -> dict:
     """Return the request as a row of the inference table."""
     request, response = asked.decode(errors="replace"), answered.decode(errors="replace")

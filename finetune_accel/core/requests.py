@@ -98,7 +98,7 @@ class StreamOptions(StrictModel):
 
     include_usage: Optional[bool] = None
 
-
+# %% ../../nbs/core/requests.ipynb #e8f8b37f
 class Decoding(StrictModel):
     """How to write an answer."""
 
@@ -172,7 +172,7 @@ class Labels(StrictModel):
     user: Optional[Text] = None
     client_request_id: Optional[Text] = None
 
-
+# %% ../../nbs/core/requests.ipynb #cc4d070c
 class ChatRequest(Parameters, Labels):
     """The body of /v1/chat/completions."""
 

@@ -80,7 +80,7 @@ class ChatCompletion(BaseModel):
     choices: list[ChatChoice]
     usage: Usage
 
-
+# %% ../../nbs/core/responses.ipynb #49b96dc2
 class CompletionLogprobs(BaseModel):
     """Log-probabilities in the form of OpenAI's older completions."""
 
@@ -109,7 +109,7 @@ class Completion(BaseModel):
     choices: list[CompletionChoice]
     usage: Usage
 
-
+# %% ../../nbs/core/responses.ipynb #82c4290a
 class Predictions(BaseModel):
     """MLflow's answer to a table: one text a row."""
 

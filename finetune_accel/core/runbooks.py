@@ -97,7 +97,7 @@ def drill_engagement(content: dict[str, Any]) -> dict[str, Any]:
     criteria = [{key: value for key, value in one.items() if key not in ASKS_FOR} for one in kept["plan"]["criteria"]]
     return {**kept, **short, "plan": {**kept["plan"], "criteria": criteria, "accept_open": True}, "promote": {}}
 
-
+# %% ../../nbs/core/runbooks.ipynb #911c1a5b
 NEW_ROWS = 8  # where rows have no groups each goes where its number sends it; of so many some will train
 
 

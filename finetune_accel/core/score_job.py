@@ -93,7 +93,7 @@ def job_for(source: str, target: str, out: str | Path, *, form: Form | None = No
     params = TableParameters(max_tokens=max_tokens or longest_answer(target), response_format=response_format)
     return Job(source, target, Path(out).absolute(), form or form_of(target), params, json_schema=json_schema, **more)
 
-
+# %% ../../nbs/core/score_job.ipynb #b689d6e4
 @contextmanager
 def stopped_by_signals(stop: threading.Event) -> Iterator[None]:
     """Let Ctrl-C and SIGTERM set `stop`, so that answers that are being written are kept; the second Ctrl-C ends the job at once."""
@@ -142,7 +142,7 @@ def run_job(job: Job, predictor: AnyPredictor) -> Counts:
         with stopped_by_signals(scorer.stop), progress("rows scored", total) as report:
             return scorer.score(opened.blocks(), _every_second(lambda counts: report(counts.rows, _note(job, counts, total, time.monotonic() - started))))
 
-
+# %% ../../nbs/core/score_job.ipynb #30351354
 def rows_in(opened: Opened) -> int:
     """Count the rows of a source, unread."""
     return sum(len(block.items) for block in opened.blocks())

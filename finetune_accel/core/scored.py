@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -118,7 +117,7 @@ class Scored:
             table.optimize.compact(target_size=64 << 20, max_concurrent_tasks=1)
             table.create_checkpoint()
 
-
+# %% ../../nbs/core/scored.ipynb #06b089c5
 @contextmanager
 def writing(folder: str | Path) -> Iterator[Scored]:
     """Yield the tables, which nobody else on this machine writes meanwhile. Raises BadInput."""

@@ -248,7 +248,7 @@ def duration(seconds: float) -> str:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
-
+# %% ../../nbs/core/scoring.ipynb #9e814abf
 def estimate(blocks: Iterable[Block], predictor: AnyPredictor, form: Form, known: Any, machine_hour: Optional[float] = None) -> Estimate:
     """Read all rows, answer a sample of those whose ids are not in `known`, and write nothing. `machine_hour` is a price."""
     rows = there = refusals = fresh = 0

@@ -57,7 +57,7 @@ def _from_list(table: Any, columns: list[Column], may_be_values: bool) -> list[d
         raise ValueError("records")
     return [row if isinstance(row, dict) else {columns[0].name: row} for row in table]
 
-
+# %% ../../nbs/core/served_tables.ipynb #a9cf9042
 def _records(form: str, table: Any, columns: list[Column]) -> list[dict]:
     """Return a body's table as rows. Raises BadInput."""
     try:

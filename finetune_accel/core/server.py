@@ -130,7 +130,7 @@ def _model_routes(app: FastAPI, front: Front) -> None:
         """Describe a model as Databricks describes an endpoint."""
         return as_endpoint(found(name))
 
-
+# %% ../../nbs/core/server.ipynb #329136c3
 def _probe_routes(app: FastAPI, front: Front) -> None:
     def health(problem: str | None) -> JSONResponse:
         return JSONResponse({"status": problem or "ok"}, 503 if problem else 200)
@@ -205,7 +205,7 @@ def _error_handlers(app: FastAPI) -> None:
     async def bug(request: Request, error: Exception) -> JSONResponse:
         return error_response(request.url.path, Refused(500, "the server failed to answer; its log says why"))
 
-
+# %% ../../nbs/core/server.ipynb #d69d6d2e
 def describe(app: FastAPI, guarded: bool) -> dict:
     """Return the OpenAPI document: FastAPI's, with what /invocations takes, who may ask, and our form of validation errors."""
     if app.openapi_schema is None:
@@ -305,7 +305,7 @@ class Draining(uvicorn.Server):
         ended = self.front.draining and (idle or time.monotonic() > self.drain_until)
         return await super().on_tick(counter) or ended
 
-
+# %% ../../nbs/core/server.ipynb #67f28ad7
 def bound_socket(host: str, port: int) -> socket.socket:
     """Take the port before a model is loaded, so that a taken one is told at once. Raises BadInput."""
     bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)

@@ -227,7 +227,7 @@ def verify(rows: np.ndarray, others: np.ndarray, texts: Texts) -> np.ndarray:
                 at += 1
     return scores
 
-
+# %% ../../nbs/core/similarity.ipynb #45e6cedf
 def best_of_each(rows: np.ndarray, others: np.ndarray, scores: np.ndarray,
                  at_least: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return each row once, with the most similar (then the first) other row of at least this similarity."""

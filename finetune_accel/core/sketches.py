@@ -38,7 +38,7 @@ def _middle(buckets: np.ndarray) -> np.ndarray:
     """Return the value that stands for each bucket, at most 1 % off."""
     return np.sign(buckets) * np.exp((np.abs(buckets) - OFFSET) * GROWTH) * 2 / (1 + math.exp(GROWTH))
 
-
+# %% ../../nbs/core/sketches.ipynb #e30c99d4
 @dataclass
 class Numbers:
     """Count, sum, squares, extremes and a histogram of numbers."""

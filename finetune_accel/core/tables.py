@@ -160,7 +160,7 @@ def _delta_rows(table: DeltaTable, name: str, values: dict) -> Iterator[tuple[in
         full = row if isinstance(row, Broken) else {column: values[column] if column in values else row.get(column) for column in table.columns}
         yield number, full, size
 
-
+# %% ../../nbs/core/tables.ipynb #c170e76f
 def arrow_rows(path: Path, name: str) -> Iterator[tuple[int, dict | Broken, int]]:
     """Yield (row, values, bytes) of an Arrow stream, mapped into memory and not loaded. Raises BadInput where it is damaged."""
     number = 1

@@ -94,7 +94,7 @@ class TuningRequest(StrictModel):
         """The training duration; their default is one epoch."""
         return parse_duration(self.training_duration or "1ep")
 
-
+# %% ../../nbs/core/tuning_request.ipynb #e4c0bb60
 def require_data(path: str, task: str) -> None:
     """Raise ValueError unless `path` is data as the service took it for `task`: a file or folder in a Volume, a data set, a table."""
     if path.startswith("dbfs:"):

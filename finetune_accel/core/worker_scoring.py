@@ -59,7 +59,7 @@ class Found:
         found, self.rows = pa.RecordBatch.from_pylist(self.rows, schema=FOUND), []
         return found
 
-
+# %% ../../nbs/core/worker_scoring.ipynb #0baa3f5b
 @functools.cache
 def _predictor(target: str, engine: Optional[str], params: str, trusted: bool) -> Any:
     """Return the model of a worker's process, loaded once."""
