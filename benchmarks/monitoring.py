@@ -1,6 +1,6 @@
 """A million requests through the monitor: memory, seconds, and that the day after only the new day is read.
 
-    python benchmarks/monitoring.py                        (a quarter of an hour on two busy cores)
+    python benchmarks/monitoring.py                        (seven minutes on one core)
     python benchmarks/monitoring.py --rows 20000 --out /tmp/small.json
 
 An inference table of ten days is made of the sentences of home-intents and their reference answers, as our server writes it, in 200 commits. A process of

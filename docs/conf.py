@@ -52,7 +52,7 @@ def without_directives(app, page: str, source: list[str]) -> None:
         for cell in notebook["cells"]:
             cell["source"] = [line for line in cell["source"] if not line.startswith("#|")]
         notebook["cells"] = [cell for cell in notebook["cells"] if cell["source"]]
-        source[0] = json.dumps(notebook)
+        source[0] = json.dumps(notebook).replace("(index.ipynb)", "(../README.md)")  # the same text, with links from the root
 
 
 def scrolled_by_keyboard(app, page, template, context: dict, doctree) -> None:
