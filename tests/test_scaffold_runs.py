@@ -86,6 +86,8 @@ def test_without_a_fault_all_steps_are_green(tmp_path, ci):
 def test_the_two_commands_of_its_readme_work_in_a_fresh_clone(wheel, tmp_path, pipeline):
     """On the machine of a colleague, who has a key of their own, the wheel of this package, and for all else the package registry."""
     home = with_data(tmp_path / "home") if pipeline == "engagement" else render(tmp_path / "home", {"pipeline": "model", "name": "mine"})
+    if pipeline == "engagement":  # a random model meets no criterion
+        spoil(home, "engagement.yaml", "at_least: 0.5, better_than: base+K", "at_least: 0.0")
     commit(home, "scaffold")
     git("clone", "-q", str(home), str(tmp_path / "clone"), cwd=tmp_path)
     clone, commands = tmp_path / "clone", re.findall(r"(?m)^make \w+", (home / "README.md").read_text())
