@@ -14,7 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from .errors import BadInput
-from .live import Ask, LiveEngine, Step
+from .live import Ask, Step
 
 # %% auto #0
 __all__ = ['answer_calls', 'EngineProcess']

@@ -5,7 +5,6 @@
 # %% ../../nbs/core/evidence.ipynb #7938e963
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import subprocess

@@ -5,7 +5,6 @@
 # %% ../../nbs/core/resume.ipynb #c1636271
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil

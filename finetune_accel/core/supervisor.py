@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from .errors import PhaseFailed
 from .runs import read_json, write_json
 
 # %% auto #0
