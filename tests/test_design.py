@@ -120,6 +120,8 @@ def test_readme_is_current_and_its_commands_exist(tmp_path):
                     str(REPO / "nbs/index.ipynb")], check=True, capture_output=True)
     readme = (REPO / "README.md").read_text()
     assert (tmp_path / "README.md").read_text() == readme, "run `make sync`"
+    for named in re.findall(r"benchmarks/[\w.]+\.\w+", readme):
+        assert (REPO / named).is_file(), named
     makefile = (REPO / "Makefile").read_text()
     for target in re.findall(r"^make (\w+)", readme, re.M) + re.findall(r"`make (\w+)`", readme):
         assert re.search(rf"^{target}:", makefile, re.M), target
