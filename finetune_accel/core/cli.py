@@ -245,7 +245,10 @@ def show_run(folder: Path) -> None:
     report_path = write_report(run_folder)
     settings = next(result["settings"] for phase in phases() if (result := run_folder.result(phase.name)))
     log_report(settings["tracking_uri"], folder, report_path)
-    evaluated, trained, promoted, monitored = (run_folder.result(phase) for phase in ("evaluate", "train", "promote", "monitor"))
+    outdated = {phase.name: changed for phase in phases() if (changed := run_folder.changed_inputs(phase.name))}
+    evaluated, trained, promoted, monitored = (run_folder.result(phase) if phase not in outdated else None for phase in ("evaluate", "train", "promote", "monitor"))
+    for phase, changed in outdated.items():
+        console.print(f"{phase}: its result is of before {', '.join(changed)} changed, and is not shown", soft_wrap=True, highlight=False, markup=False)
     if evaluated:
         header, *lines = score_lines(evaluated["scores"])
         table = Table(*header, title=f"scores on {evaluated['scores'][0]['n']} test items, 95 % intervals")
@@ -262,7 +265,7 @@ def show_run(folder: Path) -> None:
         console.print(promotion_line(promoted, folder), soft_wrap=True, highlight=False, markup=False)
     if monitored:
         console.print(monitor_line(monitored, folder), soft_wrap=True, highlight=False, markup=False)
-    if (handed := run_folder.result("handover")) and handed["next_steps"]["advised"]:
+    if "handover" not in outdated and (handed := run_folder.result("handover")) and handed["next_steps"]["advised"]:
         console.print(f"next:   {handed['next_steps']['advised'][0]['do']} (why, and what else: the end of the report)", soft_wrap=True, highlight=False, markup=False)
     if evaluated and (missed := [c["criterion"] for c in evaluated["criteria"] if not c["met"]]):
         raise GateNotMet(f"criteria not met: {', '.join(missed)}. The report says by how much.")

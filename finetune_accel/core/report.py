@@ -217,7 +217,9 @@ def report_facts(run: RunFolder, every: dict[str, dict | None], newer: dict[str,
         engines=engine_lines(results["serve"].get("engines", [])) if "serve" in results else [],
         promotion=promotion_line(results["promote"], run.path) if "promote" in results else "",
         monitor=monitor_line(results["monitor"], run.path) if "monitor" in results else "",
-        lineage=lineage(results), not_shown=not_shown(results))
+        lineage=lineage(results),
+        not_shown=[f"What this page says of {phase} is of before {', '.join(changed)} changed." for phase in results if (changed := run.changed_inputs(phase))]
+        + not_shown(results))
 
 
 def write_report(run: RunFolder, path: Path | None = None, newer: dict[str, dict] = {}) -> Path:

@@ -173,6 +173,13 @@ class RunFolder:
             self.output(name)
         return {name: self.need(name.split("/")[0])["outputs"][name.split("/", 1)[1]]["sha256"] for name in reads}
 
+    def changed_inputs(self, phase: str) -> list[str]:
+        """Return the outputs of other phases, written 'phase/output', that are others now than when the phase's current result was made from them."""
+        read = (self.result(phase) or {"inputs": {}})["inputs"]
+        now = {f"{other}/{name}": output["sha256"] for other in {name.split("/")[0] for name in read}
+               for name, output in (self.result(other) or {"outputs": {}})["outputs"].items()}
+        return [name for name, digest in read.items() if now.get(name, digest) != digest]
+
     def restore(self, phase: str, key: str) -> dict | None:
         """Make an earlier whole result with this key the current one and return it, or None if there is none."""
         result = read_json(self.path / phase / key / "result.json")
