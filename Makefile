@@ -33,7 +33,7 @@ test: .venv/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -q tests/test_design.py
 	$(BIN)/nbdev_test --path nbs/core --n_workers 2
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -n 2 --dist loadgroup --no-loadscope-reorder --durations=25 -m "not slow" --ignore=tests/test_design.py tests
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=25 -m "not slow" --ignore=tests/test_design.py tests
 
 slow: .venv/.installed-dev
 	$(BIN)/python -m pytest -q -m slow tests

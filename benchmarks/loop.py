@@ -47,7 +47,7 @@ SYSTEM = "Answer with the intent as JSON."
 NEW = 6  # each NEWth question is German
 A_MINUTE, AT_ONCE = 48, 8
 MONITOR = {"window": "1 minute", "fewest_rows": 30, "retrain_rows": 80}
-SHORT = {"train": {"max_steps": 48, "evaluations": 1, "dev_items": 8}, "evaluate": {"items": 100, "general_texts": 0, "reason": "German rows joined"}}
+SHORT = {"train": {"max_steps": 300, "evaluations": 1, "dev_items": 32}, "evaluate": {"engine": "openvino", "items": 220, "general_texts": 0, "reason": "German rows joined"}}
 
 
 @functools.cache

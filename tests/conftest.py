@@ -48,12 +48,25 @@ LONG = ("test_end_to_end.py", "test_package.py", "test_approaches.py", "test_ser
         "test_existing_models.py", "test_prepare.py", "test_promote.py")
 
 
-@pytest.hookimpl(tryfirst=True)
+WITH_FINISHED = ("test_end_to_end.py", "test_served_models.py", "test_training.py", "test_promote.py", "test_planted_secrets.py", "test_parity.py",
+                 "test_monitor.py", "test_handover.py", "test_pages.py")
+
+
 def pytest_collection_modifyitems(items):
     # else one of two workers is left with an end of several minutes; `--no-loadscope-reorder` keeps this order
     items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
-    for item in items:  # a file's tests go to one worker, as with `--dist loadfile`; all that need the whole run to the same, so that it is made once
-        item.add_marker(pytest.mark.xdist_group("finished" if "finished" in item.fixturenames else item.path.name))
+
+
+def pytest_xdist_make_scheduler(config, log):
+    """A file's tests go to one worker, and the files that need the whole run (`finished`) to the same, so that it is made once."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByFile(LoadFileScheduling):
+        def _split_scope(self, nodeid):
+            file = super()._split_scope(nodeid)
+            return "finished" if Path(file).name in WITH_FINISHED else file
+
+    return ByFile(config, log)
 
 
 def finetune_accel(*arguments, cwd, code=0, **environment):

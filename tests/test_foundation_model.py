@@ -140,7 +140,7 @@ def test_for_ai_runtime_nothing_is_sent_and_nothing_starts(here, monkeypatch):
     run = fm.create(**ARGUMENTS)
     assert run.status == "PENDING" and "nothing was sent" in run.details and not (Path(run.save_folder) / "service/process.json").exists()
     workload = yaml.safe_load((Path(run.save_folder) / "service/air.yaml").read_text())
-    assert workload["compute"] == {"accelerator_type": "GPU_8xH100", "num_accelerators": 8} and "finetune-accel run" in workload["command"]
+    assert workload["compute"] == {"accelerator_type": "GPU_8xH100", "num_accelerators": 8} and " run /Volumes" in workload["command"]
     (here / "air.yaml").write_text("volume: /Volumes/main/home/runs\n")
     with pytest.raises(fm.ValidationError, match="wheel"):
         fm.create(**ARGUMENTS)
