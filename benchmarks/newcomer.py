@@ -20,7 +20,6 @@ import urllib.request
 from pathlib import Path
 
 HERE = Path(__file__).parent
-LIMITS = {"first": 25, "serve": 2, "own": 30, "second": 60}  # minutes
 PORT = 8123
 
 
@@ -100,20 +99,23 @@ def second(home: Path, clone: Path) -> dict[str, float]:
     return {"minutes": (begun + done["end"]) / 60}
 
 
+STEPS = {"first": (first, 25), "serve": (serve, 2), "own": (own, 30), "second": (second, 60)}  # what is walked, and the minutes it may take
+
+
 def main() -> None:
     """Walk the steps that are named, and keep their minutes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("steps", nargs="*", choices=list(LIMITS), default=list(LIMITS))
+    parser.add_argument("steps", nargs="*", choices=list(STEPS), default=list(STEPS))
     parser.add_argument("--folder", type=Path, default=Path("newcomer"))
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     clone = options.folder.absolute() / "finetune-accel"
     for step in options.steps:
-        load = os.getloadavg()[0]
-        found = globals()[step](options.folder.absolute(), clone)
+        (walk, limit), load = STEPS[step], os.getloadavg()[0]
+        found = walk(options.folder.absolute(), clone)
         kept = json.loads(options.out.read_text()) if options.out.exists() else {}
-        kept[step] = {"limit_minutes": LIMITS[step], **{name: round(value, 2) for name, value in found.items()}, "cores": len(os.sched_getaffinity(0)),
+        kept[step] = {"limit_minutes": limit, **{name: round(value, 2) for name, value in found.items()}, "cores": len(os.sched_getaffinity(0)),
                       "load_before": round(load, 2), "processor": platform.processor() or platform.machine(), "on": time.strftime("%Y-%m-%d")}
         options.out.write_text(json.dumps(kept, indent=1) + "\n")
         print(step, kept[step], flush=True)

@@ -50,7 +50,7 @@ def test_a_changed_setting_reruns_what_follows_and_changing_it_back_restores(fin
     run = RunFolder(folder / "runs/mine")
     before = run.need("train")
     output = finetune_accel("run", "mine.yaml", "--run-dir", run.path, "--set", "train.rank=4", "--to", "train", cwd=folder)
-    assert "evaluate: its result is of before" in output and "train/merged" in output and "test items" not in output, output
+    assert "evaluate (made before train/merged" in output and "--from evaluate" in output and "test items" not in output, output
     changed = states(output)
     assert changed == {"plan": "kept", "prepare": "kept", "benchmark": "kept", "train": "done"}
     assert run.need("train")["key"] != before["key"]

@@ -247,8 +247,9 @@ def show_run(folder: Path) -> None:
     log_report(settings["tracking_uri"], folder, report_path)
     outdated = {phase.name: changed for phase in phases() if (changed := run_folder.changed_inputs(phase.name))}
     evaluated, trained, promoted, monitored = (run_folder.result(phase) if phase not in outdated else None for phase in ("evaluate", "train", "promote", "monitor"))
-    for phase, changed in outdated.items():
-        console.print(f"{phase}: its result is of before {', '.join(changed)} changed, and is not shown", soft_wrap=True, highlight=False, markup=False)
+    if outdated:
+        older = "; ".join(f"{phase} (made before {', '.join(changed)} changed)" for phase, changed in outdated.items())
+        console.print(f"not shown: {older}. To make them again: --from {next(iter(outdated))}", soft_wrap=True, highlight=False, markup=False)
     if evaluated:
         header, *lines = score_lines(evaluated["scores"])
         table = Table(*header, title=f"scores on {evaluated['scores'][0]['n']} test items, 95 % intervals")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+from itertools import count
 from pathlib import Path
 
 import nbformat
@@ -44,7 +45,8 @@ def write_notebooks(engagement: Engagement, run_dir: Path) -> Path:
         if target.exists():
             if injected(nbformat.read(target, as_version=4)) == injected(notebook):
                 continue
-            os.replace(target, target.with_suffix(".old.ipynb"))
+            aside = next(path for number in count(1) if not (path := target.with_suffix(f".old-{number}.ipynb")).exists())
+            os.replace(target, aside)
         nbformat.write(notebook, target)
     return folder
 

@@ -218,7 +218,7 @@ def report_facts(run: RunFolder, every: dict[str, dict | None], newer: dict[str,
         promotion=promotion_line(results["promote"], run.path) if "promote" in results else "",
         monitor=monitor_line(results["monitor"], run.path) if "monitor" in results else "",
         lineage=lineage(results),
-        not_shown=[f"What this page says of {phase} is of before {', '.join(changed)} changed." for phase in results if (changed := run.changed_inputs(phase))]
+        not_shown=[f"What this page says of {phase} was found before {', '.join(changed)} changed." for phase in results if (changed := run.changed_inputs(phase))]
         + not_shown(results))
 
 

@@ -162,7 +162,11 @@ class Rows:
         self.changed()
 
     def _remove(self, group: Group) -> None:
-        values = [one.value() for one in self.groups if one is not group]
+        try:
+            values = [one.value() for one in self.groups if one is not group]
+        except BadInput as error:  # they are made anew, and what cannot be read would be lost
+            self.says.value = complaint(f"nothing was removed: {error}")
+            return
         self.groups = [self._group(i, one) for i, one in enumerate(values)]  # anew, as those behind it have moved up
         self._draw()
         self.changed()
