@@ -3,8 +3,8 @@
     python benchmarks/newcomer.py [first serve own second]        (all of them need what the first leaves)
 
 Everything happens in `--folder` (default newcomer/), with nothing but the README's commands: what a person types is typed by this script, what a person
-edits is edited by it, and what a person reads is not counted. The own data are 600 requests and commands of the AWS manual as a CSV file with columns
-of its own, as a customer might send it; the second engagement is the shipped chat in a short form. Writes benchmarks/newcomer.json.
+edits is edited by it, and what a person reads is not counted. The own data are 600 requests to a smart home in German with what they mean, as a CSV file
+with columns of its own, as a customer might send it; the second engagement is the shipped chat in a short form. Writes benchmarks/newcomer.json.
 """
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import csv
 import json
 import os
 import platform
+import random
 import subprocess
 import sys
 import time
@@ -69,9 +70,8 @@ def own(home: Path, clone: Path) -> dict[str, float]:
     started = typed(".venv/bin/finetune-accel init my-bot", clone)["end"]
     file = clone / "my-bot.yaml"
     text = file.read_text()
-    for old, new in [("source: rows.jsonl # beside this file", "source: requests.csv\n  columns: {prompt: Question, response: Command}"),
-                     ("system_prompt: null", "system_prompt: Answer with the AWS command. #"), ("- {metric: exact_match, at_least: 0.5, better_than: base+K}",
-                      "- {metric: fuzzy_match, at_least: 0.5, better_than: base+K}")]:
+    for old, new in [("source: rows.jsonl # beside this file", "source: requests.csv\n  columns: {prompt: Anfrage, response: Bedeutung}"),
+                     ("system_prompt: null #", "system_prompt: Answer with the intent and its slots as JSON. #")]:
         assert old in text, f"my-bot.yaml has no {old}"
         text = text.replace(old, new)
     file.write_text(text)
@@ -81,15 +81,15 @@ def own(home: Path, clone: Path) -> dict[str, float]:
 
 
 def write_csv(clone: Path) -> None:
-    """Write 600 rows of the shipped AWS data as somebody's CSV file; not a step of the walk, so not timed."""
-    import pyarrow.parquet as pq
+    """Write 600 German requests and their meanings as somebody's CSV file; not a step of the walk, so not timed."""
+    from finetune_accel.core.sources import fetch_package
+    from finetune_accel.core.standins import home_intents
 
-    typed(".venv/bin/finetune-accel run aws-cli --run-dir runs/source --to prepare --set prepare.limit=800", clone)
-    rows = [row for path in sorted(clone.glob("runs/source/prepare/*/train.parquet")) for row in pq.read_table(path).to_pylist()][:600]
+    rows = list(home_intents(fetch_package("pypi:home-assistant-intents"), 10, 17, "de"))
     with open(clone / "requests.csv", "w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["Number", "Question", "Command"])
-        writer.writerows([number, row["messages"][-2]["content"], row["response"]] for number, row in enumerate(rows, 1))
+        writer.writerow(["Nummer", "Anfrage", "Bedeutung"])
+        writer.writerows([number, row["prompt"], row["response"]] for number, row in enumerate(random.Random(17).sample(rows, 600), 1))
 
 
 def second(home: Path, clone: Path) -> dict[str, float]:
