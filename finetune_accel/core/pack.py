@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from .agreements import Risk, by_weight
 from .alerts import ADVICE
 from .engagement import phases
 from .errors import BadInput
@@ -25,8 +26,8 @@ from .sources import local_path
 from .tracking import store_uri
 
 # %% auto #0
-__all__ = ['RIGHTS', 'GLOSSARY', 'FILES', 'architecture', 'phase_rows', 'owners', 'open_risks', 'model_card', 'bill_rows',
-           'write_pack']
+__all__ = ['RIGHTS', 'GLOSSARY', 'FILES', 'architecture', 'phase_rows', 'owners', 'planned_risks', 'open_risks', 'model_card',
+           'bill_rows', 'write_pack']
 
 # %% ../../nbs/core/pack.ipynb #14924787
 def architecture(run: RunFolder, results: dict[str, dict]) -> list[dict[str, str]]:
@@ -71,6 +72,8 @@ def owners(results: dict[str, dict]) -> list[dict[str, str]]:
     plan, rows = results["plan"]["settings"], []
     rows.append({"who": plan["owner"], "what": "decides whether it worked; owns the criteria"})
     rows += [{"who": one["who"], "what": f"{one['item']} ({one['state']})"} for one in plan["prerequisites"]]
+    rows += [{"who": one["who"], "what": f"decides after {one['after']}: on if {one['go_on_if']}"} for one in plan["gates"]]
+    rows += [{"who": one["who"], "what": f"says yes to {one['to']} ({one['on'] or 'awaited'})"} for one in plan["sign_offs"]]
     policy = results.get("promote", {}).get("settings", {}).get("policy")
     if not policy:
         return [*rows, {"who": "whoever has a key", "what": "registers, promotes and rolls back: no policy is set (promote.policy)"}]
@@ -81,9 +84,15 @@ def owners(results: dict[str, dict]) -> list[dict[str, str]]:
     return [*rows, *({"who": one.name, "what": ", ".join(RIGHTS[right] for right in one.may)} for one in people)]
 
 
+def planned_risks(plan: dict) -> list[dict[str, str]]:
+    """Return the risks in a plan's settings, the largest first."""
+    return [one.model_dump() for one in by_weight([Risk(**one) for one in plan["risks"]])]
+
+
 def open_risks(results: dict[str, dict]) -> list[str]:
-    """Return a sentence for each thing that is open: prerequisites, what was not shown, what is not known, checks that do not hold."""
+    """Return a sentence for each thing that is open: prerequisites, signatures, what was not shown, what is not known, checks that do not hold."""
     said = [f"Open prerequisite: {one}." for one in results["plan"]["accepted_open"]]
+    said += [f"{one['who']} has not said yes to {one['to']} yet." for one in results["plan"]["settings"]["sign_offs"] if not one["on"]]
     said += [f"Between the version and production: {one['check']}: {one['says']}." for one in results.get("promote", {}).get("checks", []) if not one["held"]]
     return said + not_shown(results)
 
@@ -149,7 +158,7 @@ def write_pack(run: RunFolder, folder: Path, steps: dict, tried: dict[str, list[
     bom = json.loads((folder / "bom.json").read_text()) if (folder / "bom.json").is_file() else None
     facts = {"name": settings["name"], "use_case": results["plan"]["use_case"], "run_dir": str(run.path), "parts": architecture(run, results), "phases": phase_rows(results),
              "books": list(runbooks(settings["name"], settings["approach"]).values()), "tried": tried, "owners": owners(results), "glossary": GLOSSARY,
-             "risks": open_risks(results), "bill": bill_rows(bom) if bom else [], "cost": results["evaluate"]["cost"], "steps": steps,
+             "risks": open_risks(results), "planned": planned_risks(settings), "bill": bill_rows(bom) if bom else [], "cost": results["evaluate"]["cost"], "steps": steps,
              "kinds": [{"alert": column, "means": means, "next": "; ".join(asked)} for column, (means, asked) in ADVICE.items()],
              "alerts": results.get("monitor", {}).get("alerts"), "files": {name: what for name, what in FILES.items() if (folder / name).is_file()}}
     return write_page(folder / "index.html", render("handover.html.j2", **facts))
