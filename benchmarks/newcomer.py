@@ -96,7 +96,7 @@ def second(home: Path, clone: Path) -> dict[str, float]:
     """A second engagement from the same clone: chats, in a short form."""
     begun = typed(".venv/bin/finetune-accel init chitchat --to talk.yaml", clone)["end"]
     done = typed(".venv/bin/finetune-accel run talk.yaml --set prepare.limit=400", clone, (0, 1))
-    return {"minutes": (begun + done["end"]) / 60}
+    return {"minutes": (begun + done["end"]) / 60, "verdict": (begun + done["evaluate"]) / 60}
 
 
 STEPS = {"first": (first, 25), "serve": (serve, 2), "own": (own, 30), "second": (second, 60)}  # what is walked, and the minutes it may take
