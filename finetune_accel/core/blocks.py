@@ -49,6 +49,7 @@ def _depth(value: Any) -> int:
 
 
 def too_long(size: str) -> Broken:
+    """Return the rule that a row of this size breaks."""
     return Broken("row too long", f"{size}, at most {LARGEST_ROW:,}", "split the row")
 
 
@@ -133,6 +134,7 @@ MAGIC = ((b"PAR1", "a parquet file", "name it .parquet"), (b"PARE", "an encrypte
 
 
 def looks_like(head: bytes) -> tuple[str, str] | None:
+    """Return what a file that begins so is, and what to do with it; None if it may be text."""
     return next(((what, fix) for magic, what, fix in MAGIC if head.startswith(magic)), None)
 
 
