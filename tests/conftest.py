@@ -46,15 +46,15 @@ PLANTED_ENVIRONMENT = {"DATABRICKS_TOKEN": "dapi" + "faded1" * 5 + "ee", "HF_TOK
                        "MLFLOW_TRACKING_PASSWORD": "correct Horse battery 9", "DATABASE_URL": "postgresql://joe:Vg5tY8uJ2kM4nB7c@db/x"}
 LONG = ("test_end_to_end.py", "test_package.py", "test_approaches.py", "test_served_models.py", "test_everything_on.py", "test_training.py", "test_score.py",
         "test_existing_models.py", "test_prepare.py", "test_promote.py")
-
-
 WITH_FINISHED = ("test_end_to_end.py", "test_served_models.py", "test_training.py", "test_promote.py", "test_planted_secrets.py", "test_parity.py",
-                 "test_monitor.py", "test_handover.py", "test_pages.py")
+                 "test_monitor.py", "test_handover.py", "test_pages.py", "test_endpoint.py")
 
 
 def pytest_collection_modifyitems(items):
     # else one of two workers is left with an end of several minutes; `--no-loadscope-reorder` keeps this order
     items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+    if missing := {item.path.name for item in items if "finished" in item.fixturenames} - set(WITH_FINISHED):
+        raise pytest.UsageError(f"tests/conftest.py: {', '.join(sorted(missing))} would make a whole run of its own. Fix: add it to WITH_FINISHED")
 
 
 def pytest_xdist_make_scheduler(config, log):

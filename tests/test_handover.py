@@ -71,6 +71,8 @@ def test_the_pack_of_a_run(finished):
     assert "Not tried in this short form" in page and page.count("$ FINETUNE_ACCEL_KEY=new.pem finetune-accel key") == 1
     for title in ("As it stands", "Runbooks", "Alerts", "Who owns what", "Open risks", "Made of", "Costs", "Glossary"):
         assert f">{title}</h2>" in page
+    plan = run.need("plan")["settings"]
+    assert plan["risks"] and all(html.escape(risk["risk"]) in page for risk in plan["risks"]) and "decides after evaluate" in page
     parts = json.loads((pack / "bom.json").read_text())["components"]
     assert all(part["name"] in page for part in parts)
     assert run.need("handover")["tried"] == ["rotate keys"] and "next:" in output

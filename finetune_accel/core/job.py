@@ -20,11 +20,11 @@ from .errors import BadInput, GateNotMet, PhaseFailed
 from .signing import KEY_VARIABLE
 
 # %% auto #0
-__all__ = ['LOG', 'ANSWERS', 'UNDER_WAY', 'OWN', 'SECRET', 'carried_files', 'copy_whole', 'CarriedRuns', 'checkpoints_in',
-           'giving_back', 'signing_key', 'runs_of', 'on_a_job_machine', 'command']
+__all__ = ['LOG', 'UNDER_WAY', 'OWN', 'SECRET', 'carried_files', 'copy_whole', 'CarriedRuns', 'checkpoints_in', 'giving_back',
+           'signing_key', 'runs_of', 'on_a_job_machine', 'command']
 
 # %% ../../nbs/core/job.ipynb #8de4ce8a
-LOG, ANSWERS, UNDER_WAY = "decisions", "answers", {"unfinished", "spool"}
+LOG, UNDER_WAY = "decisions", {"unfinished", "spool"}
 OWN = re.compile(r"\.staging|\..*lock.*|\..+\.\d+|.+\.db(-\w+)?|mlartifacts")  # a machine's own: half results, locks, copies under way, a local MLflow store
 
 
@@ -83,7 +83,7 @@ class CarriedRuns:
         new = [name for name, stamp in here.items() if stamp and self.equal.get(name) != stamp and not _same(self.runs / name, self.volume / name)]
         taken = next((name for name in new if LOG in name.parts and (self.volume / name).exists()), None)
         if taken:
-            new = [name for name in new if (UNDER_WAY | {ANSWERS}) & set(name.parts)]
+            new = [name for name in new if {"answers", "unfinished"} & set(name.parts)]
         copied = [name for name in new if copy_whole(self.runs / name, self.volume / name)]
         if taken:
             raise PhaseFailed(f"{self.volume / taken}: somebody else has decided meanwhile. Only answers and checkpoints were given back; the same "
