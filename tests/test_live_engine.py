@@ -14,15 +14,17 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import tiny_model
-from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3ForCausalLM, Gemma3TextConfig
 
 from finetune_accel.core import generate, rows_engine
 from finetune_accel.core.answering import load_live
+from finetune_accel.core.engine_process import EngineProcess
 from finetune_accel.core.errors import BadInput
 from finetune_accel.core.generate import Sampling, encode
 from finetune_accel.core.grammar import ANY_OBJECT, check_schema
 from finetune_accel.core.live import Ask, Worker
 from finetune_accel.core.rows_engine import Rows
+from finetune_accel.core.template import control_tokens
 
 SENTENCES = ["turn on the lights", "stop the timer for 86 minutes", "what is the time now in the kitchen please", "off", "is it cold",
              "close the blinds in the bedroom", "open the garage door now", "set the lamp to 40 percent", "play it again", "hm"]
@@ -356,6 +358,34 @@ def test_a_worker_streams_cuts_at_stop_texts_and_frees_places(folder):
             worker._thread.join(10)
 
     asyncio.run(talk())
+
+
+def test_a_process_takes_many_questions_at_once_and_refuses_the_bad_one(engine, folder):
+    asks = [Ask(prompt(engine, SENTENCES[0]), 5), Ask(prompt(engine, SENTENCES[1]), 2_000), Ask(prompt(engine, SENTENCES[2]), 3)]
+    child = EngineProcess("reference", folder)
+    try:
+        refused = child.take(list(enumerate(asks)))
+        assert list(refused) == [1] and refused[1].place == "messages" and "pass the model's context" in refused[1].rule
+        said = {0: [], 2: []}
+        while child._writing:
+            for step in child.step():
+                said[step.number] += ids(step.tokens)
+        assert said == {number: alone(engine.model, asks[number], engine.ends[None]) for number in said}
+    finally:
+        child.close()
+
+
+def test_control_tokens_are_looked_up_once(folder, monkeypatch):
+    tokenizer, asked = AutoTokenizer.from_pretrained(folder), []
+    monkeypatch.setattr(generate, "control_tokens", lambda one: asked.append(one) or control_tokens(one))
+    assert encode(tokenizer, SENTENCES[0]) == encode(tokenizer, SENTENCES[0])
+    for _ in range(2):
+        with pytest.raises(BadInput, match="control token"):
+            encode(tokenizer, f"now {tokenizer.eos_token}")
+    assert len(asked) == 1
+    tokenizer.chat_template += " "  # a template may write tokens of its own
+    encode(tokenizer, SENTENCES[0])
+    assert len(asked) == 2
 
 
 def test_a_program_that_ends_takes_its_engine_with_it(folder, tmp_path):

@@ -241,8 +241,15 @@ def test_a_row_that_kills_the_engine_alone_is_set_aside(model, tmp_path, monkeyp
 
         def started():
             start()
-            add, process = predictor.engine.add, predictor.engine.process
-            predictor.engine.add = lambda number, ask: (process.kill(), process.join()) if ask.prompt == poison else add(number, ask)
+            take, process = predictor.engine.take, predictor.engine.process
+
+            def taken(asks):
+                if poison in [ask.prompt for _, ask in asks]:
+                    process.kill()
+                    process.join()
+                return take(asks)
+
+            predictor.engine.take = taken
 
         monkeypatch.setattr(predictor, "_start", started)
         predictor.close()

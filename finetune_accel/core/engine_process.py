@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import multiprocessing
 import signal
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +22,7 @@ __all__ = ['answer_calls', 'EngineProcess']
 
 # %% ../../nbs/core/engine_process.ipynb #b35c59d4
 def answer_calls(pipe: Connection, engine: str, folder: Path, adapters: dict[str, Path]) -> None:
-    """Load an engine and answer the calls that come through `pipe`, each with ("done", result) or ("failed", exception)."""
+    """Load an engine and answer the calls that come through `pipe`, each with ("done", result) or ("refused", BadInput)."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     try:
@@ -33,19 +34,19 @@ def answer_calls(pipe: Connection, engine: str, folder: Path, adapters: dict[str
                      "generation_config": live.model.generation_config, "tokenizers": getattr(live, "tokenizers", {None: live.tokenizer})}
             pipe.send(("done", facts))
         except BadInput as error:
-            return pipe.send(("refused", (error.place, error.rule, error.fix)))
+            return pipe.send(("refused", error))
         while True:
             call, *arguments = pipe.recv()
             try:
                 pipe.send(("done", getattr(live, call)(*arguments)))
             except BadInput as error:
-                pipe.send(("refused", (error.place, error.rule, error.fix)))
+                pipe.send(("refused", error))
     except (EOFError, BrokenPipeError, ConnectionResetError):  # the server has gone
         pass
 
 # %% ../../nbs/core/engine_process.ipynb #62bd5db6
 class EngineProcess:
-    """A LiveEngine that runs in a child process; `tokenizers` has one for each adapter, whose template may be its own, and None's is the model's.
+    """A LiveEngine in a child process, which is asked by `take`; `tokenizers` are those of the adapters by name, and the model's by None.
 
     Loading raises BadInput as `load_live` does; a child that dies raises EOFError at the next call.
     """
@@ -74,7 +75,7 @@ class EngineProcess:
     def _result(self) -> Any:
         kind, result = self._pipe.recv()
         if kind == "refused":
-            raise BadInput(*result)
+            raise result
         return result
 
     def _call(self, *call: Any) -> Any:
@@ -96,10 +97,11 @@ class EngineProcess:
         """Raise BadInput for what the engine cannot honour."""
         self._call("check", ask)
 
-    def add(self, number: int, ask: Ask) -> None:
-        """Take a question."""
-        self._call("add", number, ask)
-        self._writing.add(number)
+    def take(self, asks: Sequence[tuple[int, Ask]]) -> dict[int, BadInput]:
+        """Check and add all questions in one call: the child waits while one is under way."""
+        refused = self._call("take", asks)
+        self._writing |= {number for number, _ in asks} - set(refused)
+        return refused
 
     def step(self) -> list[Step]:
         """Return what the last step added to the answers, and let the child go on with those that have not ended."""

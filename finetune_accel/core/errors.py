@@ -36,6 +36,10 @@ class BadInput(FinetuneAccelError):
         self.place, self.rule, self.fix = place, rule.rstrip("."), fix.rstrip(".")
         super().__init__(f"{self.place}: {self.rule}. Fix: {self.fix}{'' if self.fix.endswith('?') else '.'}")
 
+    def __reduce__(self) -> tuple:
+        """Let it pass between processes (exceptions are copied by their message alone otherwise)."""
+        return BadInput, (self.place, self.rule, self.fix)
+
 
 class GateNotMet(FinetuneAccelError):
     """A condition that the customer set (a prerequisite, a criterion) does not hold."""

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Optional
+from weakref import WeakKeyDictionary
 
 import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
@@ -112,8 +113,14 @@ def ready_for_messages(tokenizer: Any) -> Any:
     return switch_thinking_off(tokenizer)
 
 
+_markers: WeakKeyDictionary = WeakKeyDictionary()  # tokenizer: (its template, ControlTokens); Gemma's 6,400 added tokens take milliseconds to look at
+
+
 def _refuse_control_tokens(tokenizer: Any, texts: dict[str, str]) -> None:
-    markers = ControlTokens(control_tokens(tokenizer))
+    template, markers = _markers.get(tokenizer, (None, None))
+    if markers is None or template != tokenizer.chat_template:
+        markers = ControlTokens(control_tokens(tokenizer))
+        _markers[tokenizer] = tokenizer.chat_template, markers
     for place, text in texts.items():
         if found := markers.find(text):
             raise BadInput(place, f"holds the control token {found}", "remove it")

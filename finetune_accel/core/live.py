@@ -12,6 +12,7 @@ import queue
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -74,6 +75,17 @@ class LiveEngine(Protocol):
 
     def add(self, number: int, ask: Ask) -> None:
         """Take a question that has been checked; `number` names it from now on."""
+
+    def take(self, asks: Sequence[tuple[int, Ask]]) -> dict[int, BadInput]:
+        """Check and add each (number, question); return by number why one is refused."""
+        refused = {}
+        for number, ask in asks:
+            try:
+                self.check(ask)
+                self.add(number, ask)
+            except BadInput as error:
+                refused[number] = error
+        return refused
 
     def step(self) -> list[Step]:
         """Go one token on with all answers, and return what was added; answers that ended are forgotten."""
@@ -251,25 +263,29 @@ class Worker:
         """Take in what has come, sleeping while nothing is being written. Return False when the worker is to end."""
         while True:
             self._working = time.monotonic() if writing else None
-            try:
-                message = self._inbox.get(block=not writing)
-            except queue.Empty:
-                return True
-            if message is None:
-                return False
-            number, ask = message
-            if ask is None:
-                self.engine.cancel(number)
-                writing.discard(number)
-                continue
+            messages = self._come(wait=not writing)
             self._working = time.monotonic()
-            try:
-                self.engine.check(ask)
-            except BadInput as error:
+            if None in messages:
+                return False
+            left = {number for number, ask in messages if ask is None}
+            for number in left:
+                self.engine.cancel(number)
+            asks = [(number, ask) for number, ask in messages if ask and number not in left]
+            refused = self.engine.take(asks) if asks else {}
+            for number, error in refused.items():
                 self._tell(error, number)
-                continue
-            self.engine.add(number, ask)
-            writing.add(number)
+            writing -= left
+            writing |= {number for number, _ in asks} - set(refused)
+            if writing:
+                return True
+
+    def _come(self, wait: bool) -> list[tuple[int, Ask | None] | None]:
+        """Return all messages that have come, in their order; where there is none, `wait` for one."""
+        messages = [self._inbox.get()] if wait else []
+        with suppress(queue.Empty):
+            while True:
+                messages.append(self._inbox.get_nowait())
+        return messages
 
     def _tell(self, news: list[Step] | BadInput | None, number: int | None = None) -> None:
         try:

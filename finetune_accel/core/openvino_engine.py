@@ -17,7 +17,7 @@ from . import generate
 from .choices import cpu_memory
 from .errors import BadInput
 from .generate import Generation, Prompt, Sampling
-from .live import Ask, Step, Token, answer_all
+from .live import Ask, LiveEngine, Step, Token, answer_all
 from .openvino_graph import check_able, converted
 
 # %% auto #0
@@ -66,7 +66,7 @@ def _settings(ends: set[int], ask: Ask) -> Any:
     return config
 
 # %% ../../nbs/core/openvino_engine.ipynb #fda4bd59
-class OpenVINO:
+class OpenVINO(LiveEngine):
     """A model folder on OpenVINO GenAI; `dtype` is "float32" or "bfloat16". Answers many prompts at once (`generate`), or step by step as a
     `core.live.LiveEngine`. Raises BadInput for what cannot run here."""
 

@@ -111,20 +111,14 @@ class Predictor:
     def _answer_all(self, asks: Iterator[tuple[Any, Ask]], numbers: Iterator[int], busy: dict) -> Iterator[tuple[Any, Answer | Broken]]:
         """Answer `asks`; `busy` holds what is being answered: (key, ask, text, [pieces, tokens]) by number. Raises EOFError if the engine dies."""
         while True:
-            while len(busy) < 2 * self.engine.rows and (pair := next(asks, None)):
-                key, ask = pair
-                number = next(numbers)
-                busy[number] = key, ask, Text(self.engine.tokenizer, self.ends, ask.stop), ([], [])
-                try:
-                    self.engine.check(ask)
-                except BadInput as error:
-                    del busy[number]
-                    yield key, refused(error)
-                    continue
-                self.engine.add(number, ask)
-            if not busy:
+            room_for = itertools.islice(asks, 2 * self.engine.rows - len(busy))
+            new = dict(zip(numbers, itertools.takewhile(bool, room_for)))
+            if not new and not busy:
                 return
-            for step in self.engine.step():
+            busy.update({number: (key, ask, Text(self.engine.tokenizer, self.ends, ask.stop), ([], [])) for number, (key, ask) in new.items()})
+            for number, error in self.engine.take([(number, ask) for number, (_, ask) in new.items()]).items():
+                yield busy.pop(number)[0], refused(error)
+            for step in self.engine.step() if busy else []:
                 if step.number not in busy:  # a stop text has ended it in this process, and the engine does not know yet
                     continue
                 key, ask, text, (shown, tokens) = busy[step.number]

@@ -20,7 +20,7 @@ from . import generate
 from .errors import BadInput
 from .generate import RoomyLayer
 from .grammar import Grammar, check_schema
-from .live import Ask, Step, Token
+from .live import Ask, LiveEngine, Step, Token
 from .served_adapters import Adapters
 from .template import stop_at_end_of_turn
 
@@ -194,7 +194,7 @@ class Answer:
         return self.ask.prompt + self.written
 
 
-class Rows:
+class Rows(LiveEngine):
     """A model folder in float32 with torch, and adapters {name: folder} beside it, as a LiveEngine.
 
     `tokenizers` are those of the adapters by name, and the model's by None. Raises BadInput for what cannot be loaded.

@@ -19,7 +19,7 @@ from packaging.version import Version
 from . import generate, vllm_child
 from .errors import BadInput
 from .generate import Generation, Prompt, Sampling
-from .live import Ask, Step, Token, answer_all
+from .live import Ask, LiveEngine, Step, Token, answer_all
 
 # %% auto #0
 __all__ = ['PYTHON_VARIABLE', 'FLOOR', 'VERSION', 'INSTALL', 'COLDEST', 'NARROWEST', 'MOST_LOGPROBS', 'FINISH', 'vllm_python',
@@ -80,7 +80,7 @@ def environment() -> dict[str, str]:
             "VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0", **os.environ}
 
 
-class VLLM:
+class VLLM(LiveEngine):
     """A model folder on vLLM, in a process of its own; `dtype` is "float32" or "bfloat16". Answers many prompts at once (`generate`), or step by
     step as a `core.live.LiveEngine`. Raises BadInput for what cannot run here; a process that dies raises EOFError at the next call."""
 
