@@ -4,8 +4,9 @@
     python benchmarks/serving.py --sides openvino raw-openvino --streams 16 --rounds 3
     python benchmarks/serving.py --device cuda --model DIR --asks 8
 
-Every side writes 64 tokens for each of the same conversations, greedily; STREAMS callers ask at the same time and ask again when answered
-(`--asks` times each). A side runs in a process of its own beside this one, which asks; sides alternate, round after round, with all numbers of callers
+Every side writes 32 to 96 tokens (64 in the mean) for each of the same conversations, greedily; STREAMS callers ask at the same time and ask again when
+answered (`--asks` times each). With `--alike` every answer has 64 tokens: then all callers are answered in the same moment and ask again in the same
+moment, while an engine waits; figures are kept beside the others. A side runs in a process of its own beside this one, which asks; sides alternate, round after round, with all numbers of callers
 in the first round and 16 in the others; figures are medians, ratios are of medians. `raw-X` is our engine X without HTTP: a loop over its steps. The others serve the same folder: `transformers serve` as it comes
 (in the folder's float32) and with continuous batching in float32 and bfloat16, and `mlflow models serve` of the model as
 `mlflow.transformers` logs it. Writes its device's part of benchmarks/serving.json with everything needed to judge the figures.
@@ -32,7 +33,8 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # for all sides: waiting threads must not burn a shared core
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-NEW = 64  # tokens an answer
+NEW = 64  # tokens an answer, in the mean
+ALIKE = "--alike" in sys.argv
 PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # the servers' commands, of this environment
 TOPICS = ["a lighthouse", "two rivers", "the night train", "a clockmaker", "an old orchard", "the last ferry", "a stray dog", "a mountain hut"]
 OURS = {"cpu": ["reference", "openvino", "openvino-bf16"], "cuda": ["reference", "cuda", "cuda-bf16"]}
@@ -44,6 +46,11 @@ AT_16_ONLY = ("transformers", "mlflow")  # they answer one at a time: more calle
 def conversation(number: int) -> list[dict]:
     """Return the same conversation for the same number, each with a beginning of its own."""
     return [{"role": "user", "content": f"{number}. Write a long story about {TOPICS[number % len(TOPICS)]} and tell it slowly."}]
+
+
+def length(number: int) -> int:
+    """Return how many tokens are asked for: all of NEW / 2 to 3 NEW / 2 equally often, in an order that mixes them."""
+    return NEW if ALIKE else NEW // 2 + 37 * number % (NEW + 1)
 
 
 def free_port() -> int:
@@ -76,7 +83,7 @@ async def post(port: int, path: str, body: dict) -> tuple[list[float], bytes]:
 async def ask_stream(port: int, model: str, number: int) -> dict:
     """Ask once and read along; return {tokens, start, first, last, gaps}."""
     start = time.perf_counter()
-    times, body = await post(port, "/v1/chat/completions", {"model": model, "messages": conversation(number), "max_tokens": NEW, "temperature": 0,
+    times, body = await post(port, "/v1/chat/completions", {"model": model, "messages": conversation(number), "max_tokens": length(number), "temperature": 0,
                                                             "stream": True})
     tokens = len(times)
     return {"tokens": tokens, "start": start, "first": times[0], "last": times[-1], "gaps": [b - a for a, b in zip(times, times[1:])]}
@@ -85,7 +92,7 @@ async def ask_stream(port: int, model: str, number: int) -> dict:
 async def ask_mlflow(port: int, model: str, number: int) -> dict:
     """Ask once and wait: MLflow's server does not stream."""
     start = time.perf_counter()
-    _, body = await post(port, "/invocations", {"messages": conversation(number), "max_tokens": NEW})  # it fails on temperature 0
+    _, body = await post(port, "/invocations", {"messages": conversation(number), "max_tokens": length(number)})  # it fails on temperature 0
     answer = json.loads(body[body.index(b"{"):body.rindex(b"}") + 1])
     answer = answer[0] if isinstance(answer, list) else answer
     end = time.perf_counter()
@@ -122,21 +129,24 @@ def raw(name: str, model: str, streams: list[int], asks: int) -> dict:
     engine, found = load_live(name, Path(model)), {}
     for rows in streams:
         for measured in (False, True):
-            waiting = [encode(engine.tokenizer, conversation(number)) for number in range(rows * (asks if measured else 1))]
-            answers, number, going = {}, 0, set()
-            while waiting or going:
-                while waiting and len(going) < rows:
-                    engine.add(number, Ask(waiting.pop(0), NEW))
+            turns = asks if measured else 1
+            prompts = [encode(engine.tokenizer, conversation(number)) for number in range(rows * turns)]
+            answers, going, next_ones = {}, set(), list(range(rows))
+            while next_ones or going:
+                for number in next_ones:
+                    engine.add(number, Ask(prompts[number], length(number)))
                     answers[number] = {"tokens": 0, "start": time.perf_counter(), "gaps": []}
-                    going.add(number)
-                    number += 1
+                going |= set(next_ones)
+                next_ones = []
                 for step in engine.step():
                     now, one = time.perf_counter(), answers[step.number]
                     if step.tokens:
                         one["gaps"] += [now - one["last"]] if one["tokens"] else []
                         one["first"], one["last"] = one.get("first", now), now
                     one["tokens"] += len(step.tokens)
-                    going -= {step.number} if step.finish else set()
+                    if step.finish:
+                        going.remove(step.number)
+                        next_ones += [step.number + rows] if step.number + rows < rows * turns else []
         found[str(rows)] = summary(list(answers.values()))
     return found
 
@@ -232,6 +242,8 @@ def main() -> None:
     parser.add_argument("--asks", type=int, default=2, help="answers a caller wants, one after the other (one of those that answer one at a time)")
     parser.add_argument("--streams", nargs="+", type=int, default=[1, 4, 16, 64])
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="after so many no side is begun")
+    parser.add_argument("--alike", action="store_true", help="all answers of the same length")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
     parser.add_argument("--raw", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -251,12 +263,13 @@ def main() -> None:
             log_for_mlflow(model)
         rounds: dict[str, list[dict]] = {side: [] for side in options.sides}
         failed: dict[str, str] = {}
+        began = time.monotonic()
         for turn in range(options.rounds):
-            for side in (side for side in options.sides if side not in failed):
+            for side in (side for side in options.sides if side not in failed and time.monotonic() - began < options.seconds):
                 streams = [rows for rows in options.streams if rows == 16 or turn == 0 and (side not in AT_16_ONLY or rows == 1)]
                 if side.startswith("raw-"):
                     done = subprocess.run([sys.executable, __file__, "--raw", side[4:], "--device", options.device, "--model", model,
-                                           "--asks", str(options.asks), "--streams", *map(str, streams)], capture_output=True, text=True)
+                                           "--asks", str(options.asks), *["--alike"] * ALIKE, "--streams", *map(str, streams)], capture_output=True, text=True)
                     found = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else done.stderr
                 else:
                     found = served(side, model, streams, options.asks)
@@ -275,7 +288,8 @@ def main() -> None:
               "ratios_at_16_streams": ratios,
               "all_rounds": {side: [{rows: one["tokens_per_second"] for rows, one in found.items()} for found in each] for side, each in rounds.items()}}
     kept = json.loads(options.out.read_text()) if options.out.exists() else {}
-    options.out.write_text(json.dumps(kept | {options.device: result}, indent=1) + "\n")
+    part = f"{options.device}, all answers alike" if ALIKE else options.device
+    options.out.write_text(json.dumps(kept | {part: result}, indent=1) + "\n")
     print(json.dumps(ratios, indent=1))
 
 

@@ -366,10 +366,11 @@ def test_a_process_takes_many_questions_at_once_and_refuses_the_bad_one(engine, 
     try:
         refused = child.take(list(enumerate(asks)))
         assert list(refused) == [1] and refused[1].place == "messages" and "pass the model's context" in refused[1].rule
-        said = {0: [], 2: []}
-        while child._writing:
+        said, going = {0: [], 2: []}, {0, 2}
+        while going:
             for step in child.step():
                 said[step.number] += ids(step.tokens)
+                going -= {step.number} if step.finish else set()
         assert said == {number: alone(engine.model, asks[number], engine.ends[None]) for number in said}
     finally:
         child.close()

@@ -22,12 +22,13 @@ from .live import Ask, Step, answer_all
 from .rows_engine import Answer, Rows, answer_ends
 
 # %% auto #0
-__all__ = ['GROUPED', 'FIRST_COLUMNS', 'PROMPTS', 'PIECE', 'SHORT', 'SlotLayer', 'attend_grouped', 'rounded', 'RecordedSteps',
-           'Recorded']
+__all__ = ['GROUPED', 'FIRST_COLUMNS', 'FIRST_WIDTH', 'PROMPTS', 'PIECE', 'SHORT', 'TOGETHER', 'SlotLayer', 'attend_grouped',
+           'rounded', 'RecordedSteps', 'Recorded']
 
 # %% ../../nbs/core/cuda_engine.ipynb #a70c9269
 class SlotLayer(DynamicLayer):
-    """Keys and values of one layer: two buffers (slots, heads, columns + 1, size). `place` is this step's (slots (rows,), columns (rows, P), width)."""
+    """Keys and values of one layer: two buffers (slots, heads, columns + 1, size). `place` is this step's (slots (rows,), columns (rows, P), width)
+    and whether the slots are the first ones, in their order."""
 
     def __init__(self, like: DynamicLayer, slots: int, columns: int):
         super().__init__()
@@ -36,11 +37,11 @@ class SlotLayer(DynamicLayer):
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any) -> tuple:
         """Write states (rows, heads, P, size) where they belong; return the first `width` columns of the rows' slots."""
-        slots, columns, width = self.place
+        slots, columns, width, first = self.place
         for buffer, states in zip(self.buffers, (key_states, value_states)):
             buffer[slots[:, None], :, columns] = states.transpose(1, 2)
-        one_token = columns.shape[1] == 1  # then the rows are the first slots, and nothing has to be copied
-        self.keys, self.values = (buffer[:len(slots), :, :width] if one_token else buffer[slots, :, :width] for buffer in self.buffers)
+        # the first slots are read where they lie, others are copied together
+        self.keys, self.values = (buffer[:len(slots), :, :width] if first else buffer[slots, :, :width] for buffer in self.buffers)
         return self.keys, self.values
 
     def moved(self, slots: list[int], count: int, columns: int) -> None:
@@ -69,7 +70,7 @@ GROUPED = "finetune_accel_grouped"
 AttentionInterface.register(GROUPED, attend_grouped)
 
 # %% ../../nbs/core/cuda_engine.ipynb #00a0556b
-FIRST_COLUMNS = 512  # to begin with; columns double when an answer needs more
+FIRST_COLUMNS, FIRST_WIDTH = 512, 256  # to begin with, of a slot and of those that a step looks at; they double when an answer needs more
 
 
 def rounded(number: int, least: int = 1) -> int:
@@ -104,43 +105,45 @@ class RecordedSteps:
     def __call__(self, tokens: list[list[int]], columns: list[list[int]], slots: list[int]) -> torch.Tensor:
         """Read `tokens` (rows, P) into `columns` (rows, P) of `slots` (rows,); return the logits (rows, vocabulary) of what comes after each row.
 
-        With P = 1 the slots are 0, 1, 2, ... The logits are valid until the next call.
+        A slot may have several rows: each sees what all rows write into its slot, up to its own column. The logits are valid until the next call.
         """
+        first = len(tokens[0]) == 1 and slots == list(range(len(slots)))
         longest = max((column for row in columns for column in row if column < self.columns), default=0)
-        width = min(rounded(longest + 1, 256), self.columns)
+        width = min(rounded(longest + 1, FIRST_WIDTH), self.columns)
         given, where = torch.tensor([tokens, columns]), torch.tensor(slots)
         if self.pool is None:
-            return self._step(*given, where, width)
-        shape = (*given.shape, width)
+            return self._step(*given, where, width, first)
+        shape = (*given.shape, width, first)
         if shape not in self.recorded:
-            self.recorded[shape] = self._record(given.to(self.model.device), where.to(self.model.device), width)
+            self.recorded[shape] = self._record(given.to(self.model.device), where.to(self.model.device), width, first)
         graph, inputs, at, logits = self.recorded[shape]
         inputs.copy_(given)
         at.copy_(where)
         graph.replay()
         return logits
 
-    def _step(self, tokens: torch.Tensor, columns: torch.Tensor, slots: torch.Tensor, width: int) -> torch.Tensor:
+    def _step(self, tokens: torch.Tensor, columns: torch.Tensor, slots: torch.Tensor, width: int, first: bool) -> torch.Tensor:
         for layer in self.cache.layers:
-            layer.place = slots, columns, width
+            layer.place = slots, columns, width, first
         mask = torch.arange(width, device=tokens.device) <= columns[:, :, None]
         return self.model(input_ids=tokens, attention_mask=mask[:, None], position_ids=columns, past_key_values=self.cache, use_cache=True,
                           logits_to_keep=1).logits[:, -1]
 
-    def _record(self, inputs: torch.Tensor, slots: torch.Tensor, width: int) -> tuple:
+    def _record(self, inputs: torch.Tensor, slots: torch.Tensor, width: int, first: bool) -> tuple:
         """Return (graph, its inputs (2, rows, P) and slots (rows,), its logits), recorded after one step that chooses kernels."""
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            self._step(*inputs, slots, width)
+            self._step(*inputs, slots, width, first)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool):
-            logits = self._step(*inputs, slots, width)
+            logits = self._step(*inputs, slots, width, first)
         return graph, inputs, slots, logits
 
 # %% ../../nbs/core/cuda_engine.ipynb #761a7915
 PROMPTS, PIECE, SHORT = (1, 4, 16), 128, 32  # prompts that are read at once, and how many tokens of each
+TOGETHER = 128  # tokens of prompts and answers in one step: it takes as long as a step of 16
 
 
 class Recorded(Rows):
@@ -159,6 +162,8 @@ class Recorded(Rows):
         free = torch.cuda.mem_get_info()[0] if self.model.device.type == "cuda" else cpu_memory()
         with torch.no_grad():
             self.steps = RecordedSteps(self.model, self.rows, free // 2)
+            if self.steps.pool is not None:
+                self._warm_up()
         self.waiting: list[Answer] = []
         self.answers: dict[int, Answer] = {}  # by slot
         self.read: dict[int, int] = {}  # how many tokens of its prompt were read, by slot, while it is being read
@@ -201,6 +206,38 @@ class Recorded(Rows):
             slot = next(slot for slot in range(self.steps.slots()) if slot not in self.answers)
             self.answers[slot], self.read[slot] = self.waiting.pop(0), 0
 
+    def _warm_up(self) -> None:
+        """Record the steps that short answers need, a tenth of a second each, before anybody waits for one."""
+        most = self.steps.slots()
+        shapes = [(count, 1, list(range(count))) for count in sorted({min(rounded(number), most) for number in range(1, most + 1)})]
+        shapes += [(count, 1, [0] * count) for count in (32, 64, TOGETHER)] + [(count, size, [0] * count) for count in PROMPTS for size in (SHORT, PIECE)]
+        for count, size, slots in shapes:
+            self.steps([[0] * size] * count, [[self.steps.columns] * size] * count, slots)
+
+    def step(self) -> list[Step]:
+        """Write a token of each answer, read a piece of the prompts that wait, and return what was added."""
+        with torch.no_grad():
+            self._admit()
+            return self._together() or self._write() + self._read()
+
+    def _together(self) -> list[Step]:
+        """Write a token of each answer and read all that is left of the prompts, a row for each token. Return nothing where that is too much."""
+        writing = [slot for slot in sorted(self.answers) if slot not in self.read]
+        reading = {slot: self.answers[slot].ask.prompt[start:] for slot, start in self.read.items()}
+        if not (writing and reading and len(writing) + sum(map(len, reading.values())) <= TOGETHER):
+            return []
+        rows, last = [], []  # of `rows` (token, column, slot), which are the last of their slots
+        for slot in writing + list(reading):
+            answer = self.answers[slot]
+            tokens = reading.get(slot) or answer.written[-1:]
+            start = len(answer.ids) - len(tokens)
+            rows += [(token, column, slot) for column, token in enumerate(tokens, start)]
+            last.append(len(rows) - 1)
+        rows += [(0, self.steps.columns, 0)] * (rounded(len(rows), 32) - len(rows))
+        logits = self.steps([[token] for token, _, _ in rows], [[column] for _, column, _ in rows], [slot for _, _, slot in rows])
+        self.read = {}
+        return self._added(writing + list(reading), logits[last])
+
     def _write(self) -> list[Step]:
         slots = [slot for slot in sorted(self.answers) if slot not in self.read]
         if not slots:
@@ -213,7 +250,6 @@ class Recorded(Rows):
         return self._added(slots, self.steps(tokens, columns, list(range(count)))[slots])
 
     def _read(self) -> list[Step]:
-        self._admit()
         slots = sorted(self.read, key=lambda slot: self.answers[slot].number)[:PROMPTS[-1]]
         if not slots:
             return []

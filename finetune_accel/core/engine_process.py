@@ -15,12 +15,49 @@ from types import SimpleNamespace
 from typing import Any
 
 from .errors import BadInput
-from .live import Ask, Step
+from .live import Ask, LiveEngine, Step
 
 # %% auto #0
-__all__ = ['answer_calls', 'EngineProcess']
+__all__ = ['Ahead', 'answer_calls', 'EngineProcess']
 
 # %% ../../nbs/core/engine_process.ipynb #b35c59d4
+class Ahead:
+    """A LiveEngine that makes the next step before it is asked for."""
+
+    def __init__(self, engine: LiveEngine):
+        self.engine, self.check = engine, engine.check
+        self.writing: set[int] = set()  # answers that have not ended
+        self.steps: list[Step] = []  # that nobody has asked for yet
+
+    def idle(self) -> bool:
+        """Return whether there is something to write, and all that was written has been handed out."""
+        return bool(self.writing) and not self.steps
+
+    def go_on(self) -> None:
+        """Make a step."""
+        self.steps = self.engine.step()
+        self.writing -= {step.number for step in self.steps if step.finish}
+
+    def step(self) -> list[Step]:
+        """Return what the last step added to the answers, or the next one where all was handed out."""
+        if not self.steps:
+            self.go_on()
+        steps, self.steps = self.steps, []
+        return steps
+
+    def take(self, asks: Sequence[tuple[int, Ask]]) -> dict[int, BadInput]:
+        """Check and add each (number, question); return by number why one is refused."""
+        refused = self.engine.take(asks)
+        self.writing |= {number for number, _ in asks} - set(refused)
+        return refused
+
+    def cancel(self, number: int) -> None:
+        """Forget an answer."""
+        self.engine.cancel(number)
+        self.writing.discard(number)
+        self.steps = [step for step in self.steps if step.number != number]
+
+
 def answer_calls(pipe: Connection, engine: str, folder: Path, adapters: dict[str, Path]) -> None:
     """Load an engine and answer the calls that come through `pipe`, each with ("done", result) or ("refused", BadInput)."""
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -35,7 +72,10 @@ def answer_calls(pipe: Connection, engine: str, folder: Path, adapters: dict[str
             pipe.send(("done", facts))
         except BadInput as error:
             return pipe.send(("refused", error))
+        live = Ahead(live)
         while True:
+            while live.idle() and not pipe.poll():
+                live.go_on()
             call, *arguments = pipe.recv()
             try:
                 pipe.send(("done", getattr(live, call)(*arguments)))
@@ -69,8 +109,6 @@ class EngineProcess:
         self.name, self.dtype, self.rows, self.tokenizers = (facts[key] for key in ("name", "dtype", "rows", "tokenizers"))
         self.tokenizer = self.tokenizers[None]
         self.model = SimpleNamespace(config=facts["config"], generation_config=facts["generation_config"])
-        self._writing: set[int] = set()  # answers that have not ended
-        self._ahead, self._ready = False, []  # is a step under way that nobody has asked for yet, and what such ones wrote
 
     def _result(self) -> Any:
         kind, result = self._pipe.recv()
@@ -80,51 +118,26 @@ class EngineProcess:
 
     def _call(self, *call: Any) -> Any:
         try:
-            self._collect()
             self._pipe.send(call)
             return self._result()
         except ConnectionError:
             raise EOFError("the engine's process has ended") from None
-
-    def _collect(self) -> None:
-        if self._ahead:
-            self._ahead = False
-            steps = self._result()
-            self._writing -= {step.number for step in steps if step.finish}
-            self._ready += steps
 
     def check(self, ask: Ask) -> None:
         """Raise BadInput for what the engine cannot honour."""
         self._call("check", ask)
 
     def take(self, asks: Sequence[tuple[int, Ask]]) -> dict[int, BadInput]:
-        """Check and add all questions in one call: the child waits while one is under way."""
-        refused = self._call("take", asks)
-        self._writing |= {number for number, _ in asks} - set(refused)
-        return refused
+        """Check and add each (number, question); return by number why one is refused."""
+        return self._call("take", asks)
 
     def step(self) -> list[Step]:
-        """Return what the last step added to the answers, and let the child go on with those that have not ended."""
-        try:
-            if not self._ready and not self._ahead:
-                self._begin_step()
-            self._collect()
-            steps, self._ready = self._ready, []
-            if self._writing:
-                self._begin_step()
-            return steps
-        except ConnectionError:
-            raise EOFError("the engine's process has ended") from None
-
-    def _begin_step(self) -> None:
-        self._pipe.send(("step",))
-        self._ahead = True
+        """Go one token on with all answers."""
+        return self._call("step")
 
     def cancel(self, number: int) -> None:
         """Forget an answer."""
         self._call("cancel", number)
-        self._writing.discard(number)
-        self._ready = [step for step in self._ready if step.number != number]
 
     def close(self) -> None:
         """End the child."""
