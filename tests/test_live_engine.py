@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3ForCausalLM,
 
 from finetune_accel.core import generate, rows_engine
 from finetune_accel.core.answering import load_live
-from finetune_accel.core.engine_process import EngineProcess
+from finetune_accel.core.engine_process import Ahead, EngineProcess
 from finetune_accel.core.errors import BadInput
 from finetune_accel.core.generate import Sampling, encode
 from finetune_accel.core.grammar import ANY_OBJECT, check_schema
@@ -374,6 +374,20 @@ def test_a_process_takes_many_questions_at_once_and_refuses_the_bad_one(engine, 
         assert said == {number: alone(engine.model, asks[number], engine.ends[None]) for number in said}
     finally:
         child.close()
+
+
+def test_a_child_goes_on_unasked_and_forgets_what_was_cancelled(engine):
+    ahead, asks = Ahead(engine), [Ask(prompt(engine, SENTENCES[0]), 9), Ask(prompt(engine, SENTENCES[1]), 6)]
+    assert ahead.take(list(enumerate(asks))) == {} and ahead.idle()
+    said, finished = ids(ahead.step()[1].tokens), None
+    ahead.go_on()
+    assert not ahead.idle() and {step.number for step in ahead.steps} == {0, 1}
+    ahead.cancel(0)
+    while not finished:
+        (step,) = ahead.step()
+        said, finished = said + ids(step.tokens), step.finish
+        assert ahead.idle() is not bool(finished)
+    assert said == alone(engine.model, asks[1], engine.ends[None]) and not engine.writing
 
 
 def test_control_tokens_are_looked_up_once(folder, monkeypatch):
