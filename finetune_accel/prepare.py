@@ -26,8 +26,8 @@ from .core.sources import KNOWN_PACKAGES, package_pin, scheme, source_digest
 from .core.splits import SPLITS, SplitSettings
 
 # %% auto #0
-__all__ = ['READS', 'JOINS', 'PrepareSettings', 'context_of', 'row_rules', 'open_all', 'check_rows', 'find_leaks', 'group_counts',
-           'require_no_leak', 'licence_of']
+__all__ = ['READS', 'JOINS', 'NO_FAULT', 'PrepareSettings', 'context_of', 'row_rules', 'open_all', 'check_rows', 'find_leaks',
+           'group_counts', 'require_few_faults', 'require_no_leak', 'licence_of']
 
 # %% ../nbs/02_prepare.ipynb #d8f8b4b0
 READS = ()
@@ -52,6 +52,7 @@ class PrepareSettings(PhaseSettings):
     languages: Optional[list[str]] = Field(None, description="codes such as [en]; rows in others are set aside, null only reports")
     near_duplicates: Literal["report", "set_aside"] = Field("report", description="rows nearly the same as an earlier one")
     split: SplitSettings = Field(SplitSettings(), description="how rows are divided, see SplitSettings")
+    faulty_at_most: Optional[float] = Field(None, ge=0, le=1, description="gate: share of rows that may be set aside for a fault; copies are none")
     leaks_at_most: Optional[float] = Field(None, ge=0, le=1, description="gate: share of test rows that may resemble a training row")
     engine: Literal["local", "spark"] = Field("local", description="spark: the same row functions over Parquet or Delta")
     sentences_per_template: int = Field(5, ge=1, le=100, description="rows made from each template of home-assistant-intents")
@@ -128,6 +129,20 @@ def group_counts(checked: Checked, decided: Decided) -> dict[str, int]:
     used = checked.column("kept") & (decided.decision == 0)
     groups = checked.column("group_number")
     return {name: len(np.unique(groups[used & (decided.side == side)])) for side, name in enumerate(SPLITS)}
+
+
+NO_FAULT = {"duplicate", "near-duplicate", "over the limit"}
+
+
+def require_few_faults(rows: dict, at_most: float | None) -> None:
+    """Raise GateNotMet if the share of `rows` (`Counts.as_dict`) that are set aside for a fault passes `at_most`."""
+    faults = {rule: count for rule, count in rows["set_aside"].items() if rule not in NO_FAULT}
+    share = sum(faults.values()) / max(rows["in"], 1)
+    if at_most is not None and share > at_most:
+        commonest = max(faults, key=faults.get)
+        raise GateNotMet(f"prepare.faulty_at_most: {sum(faults.values())} of {rows['in']} rows ({share:.1%}) have a fault, most often {commonest!r} "
+                         f"({faults[commonest]} rows), at most {at_most:.1%} may. Fix: mend them (the notebook shows some, each with its fix), "
+                         "or raise the gate.")
 
 
 def require_no_leak(counts: dict[str, int], at_most: float | None) -> None:

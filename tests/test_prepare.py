@@ -320,6 +320,17 @@ def test_the_gate_stops_a_leaking_split_and_says_why(tmp_path):
     assert "any of these" in card and "rows.jsonl" in card
 
 
+def test_the_gate_stops_faulty_rows_and_copies_are_none(tmp_path):
+    folder = write_workspace(tmp_path)
+    rows = [{"prompt": f"switch on lamp number {i}", "response": f"on {i}"} for i in range(40)]
+    (folder / "rows.jsonl").write_bytes(lines(*rows, *rows[:20], *({"prompt": row["prompt"], "response": ""} for row in rows[:4])))
+    arguments = ["run", "mine.yaml", "--run-dir", folder / "runs/mine", "--from", "prepare", "--to", "prepare"]
+    stopped = finetune_accel(*arguments, "--set", "prepare.faulty_at_most=0.05", cwd=folder, code=1)
+    assert "prepare.faulty_at_most: 4 of 64 rows (6.2%) have a fault, most often 'empty" in stopped
+    assert not (folder / "runs/mine/prepare.json").exists()
+    finetune_accel(*arguments, "--set", "prepare.faulty_at_most=0.07", cwd=folder)
+
+
 def same_rows(one: Prepared, other: Prepared) -> bool:
     key = lambda row: (row["id"], row["source"], row["row"])  # noqa: E731
     return sorted(one.ledger, key=key) == sorted(other.ledger, key=key) and \
