@@ -6,9 +6,10 @@
 
 Every side writes 32 to 96 tokens (64 in the mean) for each of the same conversations, greedily; STREAMS callers ask at the same time and ask again when
 answered (`--asks` times each). With `--alike` every answer has 64 tokens: then all callers are answered in the same moment and ask again in the same
-moment, while an engine waits; figures are kept beside the others. A side runs in a process of its own beside this one, which asks; sides alternate, round after round, with all numbers of callers
-in the first round and 16 in the others; figures are medians, ratios are of medians. `raw-X` is our engine X without HTTP: a loop over its steps. The others serve the same folder: `transformers serve` as it comes
-(in the folder's float32) and with continuous batching in float32 and bfloat16, and `mlflow models serve` of the model as
+moment, while an engine waits; its figures are kept as a part of their own. A side runs in a process of its own beside this one, which asks; sides
+alternate, round after round, with all numbers of callers in the first round and 16 in the others; figures are medians, ratios are of medians. `raw-X` is
+our engine X without HTTP: a loop over its steps. The others serve the same folder: `transformers serve` as it comes (in the folder's float32) and with
+continuous batching in float32 and bfloat16, and `mlflow models serve` of the model as
 `mlflow.transformers` logs it. Writes its device's part of benchmarks/serving.json with everything needed to judge the figures.
 """
 from __future__ import annotations
