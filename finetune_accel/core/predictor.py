@@ -116,7 +116,8 @@ class Predictor:
             if not new and not busy:
                 return
             busy.update({number: (key, ask, Text(self.engine.tokenizer, self.ends, ask.stop), ([], [])) for number, (key, ask) in new.items()})
-            for number, error in self.engine.take([(number, ask) for number, (_, ask) in new.items()]).items():
+            refusals = self.engine.take([(number, ask) for number, (_, ask) in new.items()]) if new else {}
+            for number, error in refusals.items():
                 yield busy.pop(number)[0], refused(error)
             for step in self.engine.step() if busy else []:
                 if step.number not in busy:  # a stop text has ended it in this process, and the engine does not know yet
