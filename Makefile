@@ -29,11 +29,12 @@ demo: .venv/.installed
 # Without a GPU the kernels are tested in Triton's interpreter, which must be chosen before anything imports Triton.
 test slow: export TRITON_INTERPRET ?= $(if $(shell command -v nvidia-smi),0,1)
 
+# A worker that has crashed is not replaced: pytest-xdist would then wait for ever, and never say which test it was.
 test: .venv/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest -q tests/test_design.py
 	$(BIN)/nbdev_test --path nbs/core --n_workers 2
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=25 -m "not slow" --ignore=tests/test_design.py tests
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -n 2 --max-worker-restart=0 --dist loadfile --no-loadscope-reorder --durations=25 -m "not slow" --ignore=tests/test_design.py tests
 
 slow: .venv/.installed-dev
 	$(BIN)/python -m pytest -q -m slow tests

@@ -2,6 +2,8 @@
 
 import asyncio
 import random
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -196,3 +198,20 @@ def test_who_reads_when_it_is_closed_is_told(folder, prompts):
     worker.engine.ends = set()
     asyncio.run(closed())
     assert worker.engine.pipeline is None
+
+
+LOADED_HERE_CLOSED_THERE = """
+import os, signal, sys, threading
+from finetune_accel.core.answering import load_live
+engine = load_live("openvino", sys.argv[1])
+thread = threading.Thread(target=engine.close)
+thread.start()
+thread.join()
+signal.signal(signal.SIGTERM, lambda *_: print("heard"))
+os.kill(os.getpid(), signal.SIGTERM)
+"""
+
+
+def test_a_process_whose_engine_another_thread_closed_can_still_be_told_to_stop(folder):
+    done = subprocess.run([sys.executable, "-c", LOADED_HERE_CLOSED_THERE, str(folder)], capture_output=True, text=True)
+    assert done.returncode == 0 and "heard" in done.stdout, (done.returncode, done.stderr)

@@ -204,9 +204,9 @@ def run_in_process(arguments: list[str], log: Path) -> str:
             sys.argv, sys.stdout, sys.stderr = ["finetune-accel", *arguments], out, out
             try:
                 cli.main()
-            except SystemExit:
+            finally:  # whatever it raises: this copy of pytest must not go on
                 out.flush()
-            os._exit(0)
+                os._exit(0)
     os.waitpid(child, 0)
     return log.read_text()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,8 @@ def _pipeline(folder: Path, properties: dict, blocks: int) -> Any:
     scheduler = openvino_genai.SchedulerConfig()
     scheduler.max_num_seqs, scheduler.max_num_batched_tokens, scheduler.enable_prefix_caching = ROWS, PROMPT_TOKENS, True
     scheduler.num_kv_blocks = blocks  # answers that do not fit wait, or are begun again
-    return openvino_genai.ContinuousBatchingPipeline(str(folder), scheduler, "CPU", properties)
+    with ThreadPoolExecutor(1) as thread:  # OpenVINO gives the thread that loads a stack for signals, which it takes away when any thread closes: not ours
+        return thread.submit(openvino_genai.ContinuousBatchingPipeline, str(folder), scheduler, "CPU", properties).result()
 
 
 def _settings(ends: set[int], ask: Ask) -> Any:
