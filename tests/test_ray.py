@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import subprocess
 import sys
 
@@ -22,9 +23,10 @@ HOLD = "import ray; print(ray.init(include_dashboard=False).address_info['gcs_ad
 
 @pytest.fixture
 def cluster():
-    """The address of a cluster on this machine that outlives the jobs that are killed; workers find our code as we do."""
-    with subprocess.Popen([sys.executable, "-c", HOLD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
-        yield holder.stdout.readline().strip()
+    """The environment of jobs on a cluster of this machine that outlives those that are killed; workers find our code as we do."""
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    with subprocess.Popen([sys.executable, "-c", HOLD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **token}) as holder:
+        yield {**os.environ, **token, "RAY_ADDRESS": holder.stdout.readline().strip()}
         holder.communicate("\n", timeout=120)
 
 
@@ -35,14 +37,21 @@ def test_ray_answers_the_same_whatever_is_killed(model, tmp_path, uninterrupted,
 
     def begin() -> subprocess.Popen:
         options = [sys.executable, "-c", IN_PIECES, "score", source, "--model", model, "--out", out, "--max-tokens", 24, "--ray"]
-        return subprocess.Popen(list(map(str, options)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-                                env={**os.environ, "RAY_ADDRESS": cluster})
+        return subprocess.Popen(list(map(str, options)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, env=cluster)
 
     worth = killed_then_finished(begin, out, 3, 600, finish)
     print(f"ray batch: killed {worth} times with rows to do")
     assert worth >= 2 and by_prompt(out) == uninterrupted
     (row,) = [row for row in table(out) if json.loads(row["row"])["prompt"] == prompts(1, 45)[0]["prompt"]]
     assert (row["source"], row["row_number"]) == ("part-02.parquet", 6)
+
+
+@pytest.mark.slow
+@needs_ray
+def test_a_cluster_that_does_not_let_us_in_is_named(cluster):
+    stranger = {name: value for name, value in cluster.items() if not name.startswith("RAY_AUTH")}
+    done = subprocess.run([sys.executable, "-c", "from finetune_accel.core.ray_scoring import ray_here; ray_here()"], capture_output=True, text=True, env=stranger)
+    assert "BadInput" in done.stderr and cluster["RAY_ADDRESS"] in done.stderr and "RAY_AUTH_TOKEN" in done.stderr.splitlines()[-1], done.stderr
 
 
 def test_what_ray_cannot_do_is_said(tmp_path):

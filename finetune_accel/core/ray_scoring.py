@@ -54,14 +54,19 @@ PIECE_ROWS = 2_000  # that a worker answers between two commits
 
 
 def ray_here() -> Any:
-    """Return Ray, connected to the cluster of $RAY_ADDRESS or to one that is started on this machine. Raises BadInput without Ray."""
+    """Return Ray, connected to the cluster of $RAY_ADDRESS or to one that is started on this machine. Raises BadInput without Ray, and where the cluster does not answer."""
     if not find_spec("ray"):
         raise BadInput("ray", "is not installed", 'pip install "finetune-accel[ray]"')
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray reports home unless told otherwise
     import ray.data
 
     if not ray.is_initialized():
-        ray.init(include_dashboard=False, logging_level="warning")
+        try:
+            ray.init(include_dashboard=False, logging_level="warning")
+        except (ConnectionError, ray.exceptions.AuthenticationError) as error:
+            why = str(error.__cause__ or error).splitlines()[0]
+            raise BadInput("$RAY_ADDRESS", f"Ray does not let us into {os.environ.get('RAY_ADDRESS', 'its own cluster')} ({why})",
+                           "see that the cluster runs; one that asks for a token (Ray 2.60 and newer do) wants RAY_AUTH_MODE=token, and its token in RAY_AUTH_TOKEN") from None
     ray.data.DataContext.get_current().enable_progress_bars = False  # where there is no terminal they are a page of lines a minute
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     return ray
