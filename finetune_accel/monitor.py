@@ -24,6 +24,7 @@ class MonitorSettings(PhaseSettings):
 
     table: Optional[Source] = Field(None, description="inference table of the service, a Delta table; null replays half of the test questions")
     baseline: Optional[Source] = Field(None, description="inference table to compare with, delta:PATH@VERSION; null for what was evaluated")
+    baseline_from: Optional[str] = Field(None, pattern=r"^\d{4}-\d{2}-\d{2}$", description="first day of its rows that counts, where a change is to stay")
     labels: Optional[Source] = Field(None, description="file of request_id and response, what would have been right")
     window: Literal["1 minute", "5 minutes", "30 minutes", "1 hour", "1 day", "1 week"] = Field("1 day", description="how long a window is")
     false_alarms: float = Field(0.05, gt=0, le=0.2, description="share of windows that may be called out by chance, over all columns together")
@@ -39,6 +40,12 @@ class MonitorSettings(PhaseSettings):
         from finetune_accel.core.alerts import check_webhook
 
         return check_webhook(address, "monitor.webhook") if address else None
+
+    @model_validator(mode="after")
+    def _of_a_table(self) -> MonitorSettings:
+        if self.baseline_from and not self.baseline:
+            raise ValueError("baseline_from needs baseline, whose version says where the rows end: delta:TABLE@VERSION")
+        return self
 
     @model_validator(mode="after")
     def _n_of_m(self) -> MonitorSettings:

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from scipy.stats import binom, ks_2samp
 from typer.testing import CliRunner
 
-from finetune_accel.core.baseline import make_baseline
+from finetune_accel.core.baseline import make_baseline, read_exchanges
 from finetune_accel.core.cli import app
 from finetune_accel.core.criteria import Criterion
 from finetune_accel.core.errors import BadInput, Broken
@@ -182,6 +182,18 @@ def test_an_alert_comes_is_told_once_and_goes_by_itself(tmp_path, caplog):
     assert caplog.text.count("ALERT") == caplog.text.count("OVER") == 1
 
 
+def test_a_change_that_is_to_stay_is_compared_with_itself(tmp_path):
+    table = tmp_path / "payload"
+    for day in range(6):
+        write_day(table, day, **({"execution_duration_ms": 90} if day >= 3 else {}))
+    before = a_job(tmp_path, baseline=make_baseline(read_exchanges(f"delta:{table}@4"), {}, CRITERIA, False, "all days"))
+    assert [alert["column"] for alert in look(before)["alerts"]] == ["latency_ms"]
+    since = read_exchanges(f"delta:{table}", "2026-01-04")
+    assert {one["latency_ms"] for one in since} == {90} and len(since) == 180
+    after = a_job(tmp_path, folder=tmp_path / "since", baseline=make_baseline(since, {}, CRITERIA, False, "the days since"))
+    assert look(after)["alerts"] == []
+
+
 def test_what_breaks_is_named(tmp_path):
     """Slower, failing, cut off, refusing, broken JSON: each is an alert of its column and of no other fault's."""
     cases = {"latency_ms": {"execution_duration_ms": 90}, "error": {"status_code": 500},
@@ -239,7 +251,9 @@ def test_the_command_ends_with_1_while_an_alert_holds(finished, tmp_path):
 @pytest.mark.parametrize("given, says", [
     (("--table", "nowhere"), "is no Delta table"), (("--table", "plain"), "has no change feed"), (("--table", "payload", "--window", "1 month"), "monitor.window"),
     (("--table", "payload", "--webhook", "http://example.com/x"), "must be https"), (("--table", "payload", "--webhook", "https://example.com/x?token=abc"), "credential"),
-    (("--table", "payload", "--labels", "labels.jsonl"), "labels.jsonl:1: has no `request_id`"), (("--table", "payload", "--baseline", "delta:payload@99"), "check the version")])
+    (("--table", "payload", "--labels", "labels.jsonl"), "labels.jsonl:1: has no `request_id`"), (("--table", "payload", "--baseline", "delta:payload@99"), "check the version"),
+    (("--table", "payload", "--baseline-from", "2026-01-01"), "needs baseline"), (("--table", "payload", "--baseline", "delta:payload@1", "--baseline-from", "today"), "baseline_from"),
+    (("--table", "payload", "--baseline", "delta:payload@1", "--baseline-from", "2027-01-01"), "has no rows")])
 def test_bad_input_is_named(finished, tmp_path, given, says, monkeypatch):
     write_day(tmp_path / "payload", 0, count=3)
     write_deltalake(tmp_path / "plain", pa.table({"x": [1]}))

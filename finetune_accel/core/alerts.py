@@ -21,8 +21,8 @@ from .watched import LABELLED
 log = logging.getLogger(__name__)
 
 # %% auto #0
-__all__ = ['log', 'ADVICE', 'WEBHOOK', 'LOOPBACK', 'Judged', 'Alert', 'raised', 'advice', 'of_input', 'as_record', 'retrain',
-           'check_webhook', 'webhook', 'post', 'tell']
+__all__ = ['log', 'STAYS', 'ADVICE', 'WEBHOOK', 'LOOPBACK', 'Judged', 'Alert', 'raised', 'advice', 'of_input', 'as_record',
+           'retrain', 'check_webhook', 'webhook', 'post', 'tell']
 
 # %% ../../nbs/core/alerts.ipynb #4747796f
 class Judged(NamedTuple):
@@ -60,6 +60,7 @@ def _since(windows: Sequence[Judged], column: str, n: int, m: int) -> datetime:
     return next(one.start for one in stretch if column in one.out)
 
 # %% ../../nbs/core/alerts.ipynb #2ce86df0
+STAYS = "if it is to stay so, compare with the days since: --baseline delta:TABLE@VERSION --baseline-from DAY (`monitor.baseline`, `monitor.baseline_from`)"
 ADVICE = {
     "prompt": ("People ask for other things than the model was measured on.",
                ("read the words that are new and to_label.csv: is this the use case at all?", "if it is, fill in the column `response` of to_label.csv and give it "
@@ -71,7 +72,7 @@ ADVICE = {
                ("if `prompt` is out too, that is why", "else look at which version serves (the slices of the profile table) and when it changed",
                 "roll back if a new version did it: finetune-accel rollback RUN_FOLDER --why ...")),
     "latency_ms": ("Answers take longer than before.", ("look at /metrics of the server: how many requests wait?",
-                                                        "compare completion_tokens: longer answers take longer", "add a server, or a faster engine")),
+                                                        "compare completion_tokens: longer answers take longer", "add a server, or a faster engine", STAYS)),
     "error": ("More requests fail.", ("group the payload table by status_code: 4xx are callers' mistakes or limits, 5xx are ours",
                                       "read the server's log of these request ids", "roll back if a new version did it: finetune-accel rollback RUN_FOLDER --why ...")),
     "cut": ("More answers are cut off at the limit.", ("compare completion_tokens and max_tokens of the requests", "read some: does the model not know when to stop?")),
@@ -80,7 +81,7 @@ ADVICE = {
     "scored": ("Labelled answers are worse than when the model was measured.",
                ("look at which of them are wrong, and whether their questions are of a kind", "train again with new_rows.jsonl",
                 "roll back if a new version did it: finetune-accel rollback RUN_FOLDER --why ...")),
-    "tokens": ("Questions or answers have another length.", ("read the longest and the shortest", "check limits and costs: they were planned for other lengths")),
+    "tokens": ("Questions or answers have another length.", ("read the longest and the shortest", "check limits and costs: they were planned for other lengths", STAYS)),
 }
 
 

@@ -74,12 +74,12 @@ def make_baseline(found: Sequence[dict], labels: dict[str, str], criteria: Seque
     return Baseline(view, [view.row(one, labels.get(one["request_id"])) for one in ordered], f"{says}, {len(found):,} rows")
 
 
-def read_exchanges(source: str) -> list[dict]:
-    """Return what the inference table `source` (delta:PATH@VERSION) holds, at most 20 samples of it; what cannot be read is left out."""
+def read_exchanges(source: str, first_day: str | None = None) -> list[dict]:
+    """Return what the inference table `source` (delta:PATH@VERSION) holds from a day (2026-11-30) on, at most 20 samples of it; what cannot be read is left out."""
     held = (exchanges(row) for block in open_delta(source, None).blocks() for _, row in block.rows())
     found: list[dict] = []
     for some in held:
-        found += [] if isinstance(some, Broken) else some
+        found += [] if isinstance(some, Broken) else [one for one in some if not first_day or one["request_time"].date().isoformat() >= first_day]
         if len(found) >= 40 * SAMPLE:
             found = smallest(found, 20 * SAMPLE)
     return found

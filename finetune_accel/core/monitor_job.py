@@ -33,6 +33,7 @@ class Rules(Protocol):
     name: str
     table: str | None
     baseline: str | None
+    baseline_from: str | None
     labels: str | None
     window: str
     false_alarms: float
@@ -60,7 +61,8 @@ class Evidence:
     def baseline(self, rules: Rules, exchanges: list[dict] | None = None) -> Baseline:
         """Return the baseline of the rules, else what was judged, or the part `exchanges` of it."""
         if rules.baseline:
-            return make_baseline(read_exchanges(rules.baseline), {}, self.criteria, self.tables, rules.baseline)
+            said = f"{rules.baseline} from {rules.baseline_from}" if rules.baseline_from else rules.baseline
+            return make_baseline(read_exchanges(rules.baseline, rules.baseline_from), {}, self.criteria, self.tables, said)
         return make_baseline(self.exchanges if exchanges is None else exchanges, self.labels, self.criteria, self.tables, "the test questions and the model's answers")
 
 # %% ../../nbs/core/monitor_job.ipynb #d3b244c5
