@@ -92,6 +92,7 @@ SPOILT = {  # file: (what stands there, what is written instead, what is said)
     "a variable of one target": ("databricks.yml", "      catalog: prod\n", "", "catalog has no value in this target (prod)"),
     "a variable that nobody uses": ("databricks.yml", "  why:", "  reason: {default: x}\n  why:", "variables.reason: nothing uses it"),
     "an unknown variable in a target": ("databricks.yml", "      catalog: prod\n", "      catalog: prod\n      catlog: prod\n", "variables.catlog: is not declared"),
+    "a variable of itself": ("databricks.yml", "      catalog: prod\n", "      catalog: ${var.schema}\n      schema: x${var.catalog}\n", "variables.catalog: is made of itself"),
     "an environment": ("resources/release.yml", "          environment_key: cpu", "          environment_key: cqu", "the job has no environment cqu"),
     "a task": ("resources/release.yml", "{task_key: promote}", "{task_key: promotion}", "there is no task promotion"),
     "a circle": ("resources/release.yml", "- task_key: promote\n", "- task_key: promote\n          depends_on: [{task_key: endpoint}]\n", "wait for each other"),
@@ -119,6 +120,7 @@ def test_a_name_that_names_nothing_is_found(copied, what):
     with pytest.raises(BadInput) as refused:
         check_bundle(copied)
     assert said in str(refused.value), refused.value
+    assert what == "a variable of itself" or "itself" not in str(refused.value), refused.value
 
 
 def test_the_bundle_as_it_is_has_no_problem(default):

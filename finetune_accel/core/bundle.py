@@ -108,17 +108,22 @@ def reference_problem(name: str, tree: dict) -> str | None:
     return None if name.startswith(GIVEN) else "nothing fills it in"
 
 
-def filled(text: str, tree: dict, target: str) -> str:
-    """Return a text with the references that are known without a workspace filled in; `${workspace.file_path}` is the bundle's folder, `.`."""
+def filled(text: str, tree: dict, target: str, within: tuple[str, ...] = ()) -> str:
+    """Return a text with the references that are known without a workspace filled in; `${workspace.file_path}` is the bundle's folder, `.`.
+
+    `within` are the references that the text stands for: one of them within itself is left as it is.
+    """
     known = {"bundle.target": target, "bundle.name": tree["bundle"]["name"], "workspace.file_path": "."}
 
     def value(found: re.Match) -> str:
         name = found[1]
+        if name in within:
+            return found[0]
         if name.startswith("var.") and not reference_problem(name, tree):
-            return filled(str(tree["variables"][name.removeprefix("var.")]["default"]), tree, target)
+            return filled(str(tree["variables"][name.removeprefix("var.")]["default"]), tree, target, (*within, name))
         if name.startswith("resources.") and name.endswith(".name") and not reference_problem(name, tree):
             _, kind, key, _ = name.split(".")
-            return filled(tree["resources"][kind][key]["name"], tree, target)
+            return filled(tree["resources"][kind][key]["name"], tree, target, (*within, name))
         return known.get(name, found[0])
 
     return REFERENCE.sub(value, text)
@@ -257,6 +262,9 @@ def _problems_in(bundle: Bundle, target: str) -> Iterator[tuple[str, str]]:
         yield f"databricks.yml: targets.{target}.run_as", "is missing: jobs would run as whoever deploys"
     for name in tree.get("variables", {}).keys() - bundle.tree.get("variables", {}).keys():
         yield f"databricks.yml: targets.{target}.variables.{name}", "is not declared in variables"
+    for name in tree.get("variables", {}):
+        if not reference_problem(f"var.{name}", tree) and (reference := f"${{var.{name}}}") in filled(reference, tree, target):
+            yield f"databricks.yml: variables.{name}", "is made of itself"
     for kind, resources in tree.get("resources", {}).items():
         for key, resource in resources.items():
             origin = bundle.origin.get((kind, key), bundle.folder / "databricks.yml")
