@@ -69,13 +69,13 @@ class Baseline(NamedTuple):
 def make_baseline(found: Sequence[dict], labels: dict[str, str], criteria: Sequence[Criterion], tables: bool, says: str) -> Baseline:
     """Return the baseline that exchanges make, those of the smallest ids first. Raises BadInput if there are none."""
     if not found:
-        raise BadInput("monitor.baseline", "has no rows", "give an inference table that has some, or leave it out")
+        raise BadInput("monitor.baseline", "has no rows", "give an inference table that has some (from monitor.baseline_from on, where that is set), or leave it out")
     view, ordered = table_view(found, criteria) if tables else language_view(criteria), smallest(found, len(found))
     return Baseline(view, [view.row(one, labels.get(one["request_id"])) for one in ordered], f"{says}, {len(found):,} rows")
 
 
 def read_exchanges(source: str, first_day: str | None = None) -> list[dict]:
-    """Return what the inference table `source` (delta:PATH@VERSION) holds from a day (2026-11-30) on, at most 20 samples of it; what cannot be read is left out."""
+    """Return what the inference table `source` (delta:PATH@VERSION) holds from a day (2026-11-30, UTC) on, at most 20 samples of it; what cannot be read is left out."""
     held = (exchanges(row) for block in open_delta(source, None).blocks() for _, row in block.rows())
     found: list[dict] = []
     for some in held:

@@ -39,7 +39,7 @@ def monitor_settings(folder: Path, given: dict[str, Any]) -> PhaseSettings:
 def monitor(folder: Annotated[Path, typer.Argument(help="run folder, or what `judge` wrote")],
             table: Annotated[Optional[str], typer.Option(help="inference table, the folder that `serve --table` writes")] = None,
             baseline: Annotated[Optional[str], typer.Option(help="inference table to compare with, delta:PATH@VERSION; default: what was evaluated")] = None,
-            baseline_from: Annotated[Optional[str], typer.Option(help="first day of its rows that counts, such as 2026-11-30, where a change is to stay")] = None,
+            baseline_from: Annotated[Optional[str], typer.Option(help="first day (UTC) of the baseline's rows, such as 2026-11-30, for a change that is to stay")] = None,
             labels: Annotated[Optional[str], typer.Option(help="file of request_id and response, what would have been right")] = None,
             window: Annotated[Optional[str], typer.Option(help="how long a window is, such as `1 hour`")] = None,
             webhook: Annotated[Optional[str], typer.Option(help="address that is told alerts; a secret one belongs into $FINETUNE_ACCEL_WEBHOOK")] = None) -> None:
