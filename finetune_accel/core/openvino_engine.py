@@ -49,7 +49,7 @@ def _pipeline(folder: Path, properties: dict, blocks: int) -> Any:
     scheduler = openvino_genai.SchedulerConfig()
     scheduler.max_num_seqs, scheduler.max_num_batched_tokens, scheduler.enable_prefix_caching = ROWS, PROMPT_TOKENS, True
     scheduler.num_kv_blocks = blocks  # answers that do not fit wait, or are begun again
-    with ThreadPoolExecutor(1) as thread:  # OpenVINO gives the thread that loads a stack for signals, which it takes away when any thread closes: not ours
+    with ThreadPoolExecutor(1) as thread:  # it gets a stack for signals from OpenVINO, which is freed by whichever thread closes: the next signal of ours would crash
         return thread.submit(openvino_genai.ContinuousBatchingPipeline, str(folder), scheduler, "CPU", properties).result()
 
 
