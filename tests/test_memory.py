@@ -21,6 +21,7 @@ from finetune_accel.core.choices import (
     usable_bytes,
 )
 from finetune_accel.core.errors import BadInput
+from finetune_accel.core.fast_layers import fast_layers
 from finetune_accel.core.memory import (
     GIB,
     MOST_TOKENS,
@@ -61,7 +62,7 @@ def bytes_kept(config, method: str, dtype: torch.dtype, tokens: int) -> int:
 
     documents = [{"input_ids": list(range(128)), "labels": list(range(128))} for _ in range(tokens // 128)]
     row = {key: value for key, value in lay_out_row(documents, share_prefix=False).items() if key != "labels"}
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with fast_layers(causal_lm), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         causal_lm.base_model(**row, use_cache=False)
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 

@@ -270,9 +270,7 @@ QUICK = [  # (model, approach); the others run as `slow`
 ]
 SLOW = [(name, approach) for name in REAL for approach in APPROACHES if (name, approach) not in QUICK]
 BELOW = {  # bfloat16 that misses its bound, and why; the command fails with it all the same
-    ("SmolLM2", "supervised", "lora"): "cosine 0.99867 on a CPU, and 0.99877 by transformers' own bfloat16: the format, over 30 layers",
-    **{("Gemma 3", *case): "cosine 0.9988 to 0.9990 on a CPU; on an H100 all bounds are kept"
-       for case in (("supervised", "full"), ("chat, last", "lora"), ("chat, all", "lora"))},
+    ("SmolLM2", "chat, last", "lora"): "cosine 0.99872 on a CPU, 0.99597 by transformers' own bfloat16: 37 tokens that bear loss, 30 layers",
 }
 
 

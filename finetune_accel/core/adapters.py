@@ -124,10 +124,10 @@ class Siblings:
         return [matrix for layer in self.layers for matrix in layer.matrices()]
 
     def output(self, layer: PeftLoraLinear, x: torch.Tensor) -> torch.Tensor:
-        """Return the output of `layer` for x, computing all siblings' when the first of them asks."""
+        """Return the output of `layer` in the format of x, computing all siblings' (in that of their weights) when the first of them asks."""
         if getattr(self.pending, "x", None) is not x:
-            flat = x.reshape(-1, x.shape[-1])
-            together = LoraProduct.apply(flat, self.frozen, self.bias, layer.scaling["default"], *self.matrices())
+            flat = x.reshape(-1, x.shape[-1]).to(layer.base_layer.weight.dtype)
+            together = LoraProduct.apply(flat, self.frozen, self.bias, layer.scaling["default"], *self.matrices()).to(x.dtype)
             parts = together.view(*x.shape[:-1], -1).split(self.outs, dim=-1)
             self.pending.x, self.pending.parts = x, dict(zip(map(id, self.layers), parts, strict=True))
         part = self.pending.parts.pop(id(layer))

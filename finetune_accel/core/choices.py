@@ -127,7 +127,7 @@ def chosen_attention(facts: DeviceFacts) -> Choice:
 def chosen_kernels(facts: DeviceFacts, model_type: str) -> Choice:
     """Choose Liger's kernels beside our own where they exist for the model."""
     if facts.device != "cuda":
-        return Choice("plain", "fused kernels need CUDA")
+        return Choice("plain", "all but the products in float32; fused kernels need CUDA")
     from finetune_accel.core.architectures import ARCHITECTURES
 
     if find_spec("liger_kernel") is None:

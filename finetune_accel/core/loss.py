@@ -91,7 +91,7 @@ def causal_lm_loss(model: PreTrainedModel, inputs: dict, count: torch.Tensor | i
     arguments = {key: value for key, value in inputs.items() if key not in ("labels", "supervised_at")} | {"use_cache": False}
     hidden = causal_lm.base_model(**arguments).last_hidden_state
     states, targets = supervised_states(hidden, inputs["labels"], inputs.get("supervised_at"))
-    return CrossEntropySum.apply(states, targets, head.weight) / (count or max(len(targets), 1))
+    return CrossEntropySum.apply(states.to(head.weight.dtype), targets, head.weight) / (count or max(len(targets), 1))
 
 
 def _plain_head(causal_lm: PreTrainedModel) -> torch.nn.Linear:

@@ -13,8 +13,8 @@ from .errors import BadInput
 # %% auto #0
 __all__ = ['ONE_PIECE', 'GIB', 'DTYPE_BYTES', 'NF4_BYTES', 'HELD_OF_ACTIVATIONS', 'HELD_LAYERS', 'HELD_CHUNKS', 'LAYERS_ON_GPU',
            'TOKEN_STEP', 'MOST_TOKENS', 'ModelShape', 'model_shape', 'weight_bytes', 'trained_bytes', 'kept_on_gpu',
-           'kept_on_cpu', 'loss_bytes', 'workspace_bytes', 'held_bytes', 'MemoryEstimate', 'estimate', 'adapter_copies',
-           'cpu_rows', 'process_bytes', 'largest_micro_batch', 'what_would_help']
+           'kept_on_cpu', 'state_bytes', 'loss_bytes', 'workspace_bytes', 'held_bytes', 'MemoryEstimate', 'estimate',
+           'adapter_copies', 'cpu_rows', 'process_bytes', 'largest_micro_batch', 'what_would_help']
 
 # %% ../../nbs/core/memory.ipynb #028781f6
 @dataclass(frozen=True)
@@ -138,21 +138,25 @@ def kept_on_gpu(shape: ModelShape, method: str, rank: int, size: float) -> dict[
 def kept_on_cpu(shape: ModelShape, method: str, rank: int, size: float) -> dict[str, float]:
     """Return bytes a token that one layer keeps on a CPU, by name."""
     adapted = method != "full"
-    normed = 4 if adapted else 4 + size  # a norm that is trained also keeps the normed value
-    joint = adapted and size == 4  # in bfloat16 everything that follows reads a float32 copy
+    normed = 4 if adapted else 8  # a norm that is trained also keeps the normed value
     return {
         "inputs of the norms": shape.norms * (shape.hidden * normed + 4),
-        "inputs of q/k/v and gate/up": 2 * shape.hidden * size,
-        "joint product of q/k/v, which v is a view of": (shape.queries + shape.keys) * size if joint else 0,
-        "q and k before their norms": (shape.queries + shape.keys) * normed if shape.head_norms and not joint else 0,
+        "inputs of q/k/v and gate/up": (2 if adapted or size == 4 else shape.linears / shape.layers - 2) * shape.hidden * size,
+        "joint product of q/k/v, which v is a view of": (shape.queries + shape.keys) * 4 if adapted else 0,
+        "q and k before their norms": (shape.queries + shape.keys) * normed if shape.head_norms and not adapted else 0,
         "q, k and v": (shape.queries + 2 * shape.keys) * 4,
         "attention's output, document by document, and logsumexp": shape.queries * 4 + 4 * shape.heads,
         "attention's output, together": shape.queries * size,
-        "gate, up, activated gate and their product": 4 * shape.intermediate * size,
+        "gate, up, activated gate and their product": shape.intermediate * (12 + size),
         "inner products of the adapters": rank * shape.linears / shape.layers * size,
     }
 
 # %% ../../nbs/core/memory.ipynb #b870e8ca
+def state_bytes(size: float, device: str) -> float:
+    """Return the bytes of a number between the products: on a CPU they are float32 (core.fast_layers)."""
+    return 4.0 if device == "cpu" else size
+
+
 def loss_bytes(shape: ModelShape, method: str, tokens: int, supervised: float, size: float, device: str, rows: int) -> float:
     """Return bytes at the end of the forward pass: final states, the supervised ones, their gradients twice, `rows` chunks of scores."""
     from finetune_accel.core.loss import CHUNK, GPU_CHUNK
@@ -160,13 +164,14 @@ def loss_bytes(shape: ModelShape, method: str, tokens: int, supervised: float, s
     chunk = min((GPU_CHUNK if device == "cuda" else CHUNK) * rows, tokens)
     a_score = 2 * size if device == "cuda" else 12  # a chunk and the one before it; a CPU's are float32, with a copy for logsumexp
     output_layer = 2 * size * shape.vocabulary * shape.hidden * rows if method == "full" else 0.0  # its gradient and a chunk's share
-    return tokens * shape.hidden * size * (1 + 3 * supervised) + chunk * shape.vocabulary * a_score + output_layer
+    state = state_bytes(size, device)
+    return tokens * shape.hidden * (state * (1 + supervised) + 2 * size * supervised) + chunk * shape.vocabulary * a_score + output_layer
 
 
 def workspace_bytes(shape: ModelShape, method: str, tokens: int, size: float, base_weights: str, device: str, rows: int) -> float:
     """Return bytes of the largest temporaries of one layer's backward pass: around the gated unit, the widest place."""
     wide = 1 if device == "cuda" and method != "full" and shape.gated_in_parts else 4  # fused, gate's and up's gradients are written over gate and up
-    states = tokens * (wide * shape.intermediate + 3 * shape.hidden) * size
+    states = tokens * (wide * shape.intermediate + 3 * shape.hidden) * state_bytes(size, device)
     quantised = tokens * (2 * shape.intermediate + shape.hidden) if base_weights == "fp8" else 0.0  # gradients, one byte each
     written_out = 2 * shape.intermediate * shape.hidden * 2.0 if base_weights == "nf4" else 0.0  # gate and up in bfloat16
     gradients = rows * shape.hidden * shape.intermediate * (size + 4) if method == "full" else 0.0  # one weight's, and in float32
@@ -233,7 +238,7 @@ def estimate(
     rows = rows or (1 if device == "cuda" else cpu_rows())
     tokens = micro_batch_tokens * rows
     layer = tokens * sum((kept_on_gpu if device == "cuda" else kept_on_cpu)(shape, method, rank, size).values())
-    inputs = tokens * shape.hidden * size * (min(LAYERS_ON_GPU, shape.layers) if device == "cuda" else shape.layers)
+    inputs = tokens * shape.hidden * state_bytes(size, device) * (min(LAYERS_ON_GPU, shape.layers) if device == "cuda" else shape.layers)
     activations = (inputs if checkpointing else shape.layers * layer) + adapter_copies(shape, rank, size, rows)
     parts = {
         "process": process_bytes() if device == "cpu" else 0,
