@@ -22,6 +22,7 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # for both sides: waiting threads must not burn a shared core
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # ours would take a GPU, and TRL be told not to
 
 SYSTEM = "Answer with the intent as JSON."
 BATCH_SIZE, RANK, ALPHA = 8, 16, 32  # TRL's default batch size; the same adapters on both sides

@@ -1,13 +1,14 @@
 """Compare training speed on one NVIDIA GPU with TRL and Unsloth: as they come and at their best, on the same random samples.
 
-    pip install --target /opt/unsloth unsloth         (a folder of its own: its versions of the others are not ours)
+    pip install --target /opt/unsloth unsloth xformers         (a folder of its own: its versions of the others are not ours)
     python benchmarks/gpu_training.py --unsloth-path /opt/unsloth
     python benchmarks/gpu_training.py --only lora-ours lora-ours-fp8     (adds to the results of the others in --out)
 
 Two pieces of work with random weights in bfloat16, built on the device, as speed does not depend on what they say: LoRA
 (rank 16, all linear layers) of the shape of Llama-3.1-8B, and all parameters of the shape of Llama-3.2-1B. Samples have
 lognormal lengths (mean 280 tokens, at most 2,048), and every token bears loss. Each side runs in a process of its own; its
-first steps are discarded, and tokens are real ones, without padding. A side that fails is recorded with its error. MFU is
+first steps are discarded, and tokens are real ones, without padding. Unsloth is at its best with xformers or FlashAttention only, if they
+can be loaded (it says so when it is imported); without, its attention takes several times as long. A side that fails is recorded with its error. MFU is
 tokens/s x operations a token (4 a weight with adapters, 6 where all are trained, embedding left out) / the rate of an
 8192 x 8192 x 8192 bfloat16 product, the best measured before any side. `--shape tiny` is a test of this script on the CPU.
 """
@@ -313,7 +314,7 @@ def machine() -> dict:
         except PackageNotFoundError:
             return None
 
-    packages = ("torch", "triton", "transformers", "trl", "peft", "accelerate", "liger-kernel", "unsloth")
+    packages = ("torch", "triton", "transformers", "trl", "peft", "accelerate", "liger-kernel", "unsloth", "xformers")
     return {"gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None, "cores": os.cpu_count(),
             "python": platform.python_version(), **{name: installed(name) for name in packages}}
 
@@ -322,7 +323,7 @@ def in_process(name: str, options: list[str], limit: float, folder: Path, python
     """Run this script with `options` in a fresh process, ended after `limit` seconds: returns its record, or its error."""
     out, log = folder / f"{name}.json", folder / f"{name}.log"
     out.unlink(missing_ok=True)
-    paths = pythonpath or os.pathsep.join(str(Path(path).resolve()) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path)
+    paths = os.pathsep.join(str(Path(path).resolve()) for path in (pythonpath or os.environ.get("PYTHONPATH", "")).split(os.pathsep) if path)
     with open(log, "w") as stream:
         process = subprocess.Popen([sys.executable, str(Path(__file__).resolve()), "--out", str(out), *options], cwd=folder, stdout=stream,
                                    stderr=subprocess.STDOUT, env=os.environ | {"PYTHONPATH": paths}, start_new_session=True)
@@ -340,7 +341,7 @@ def in_process(name: str, options: list[str], limit: float, folder: Path, python
 def run_side(side: str, args: argparse.Namespace, folder: Path) -> dict:
     """Measure one side in a fresh process; Unsloth's first needs a model folder."""
     who, shape, _ = SIDES[side]
-    pythonpath = str(Path(args.unsloth_path).resolve()) if who == "unsloth" else None
+    pythonpath = args.unsloth_path if who == "unsloth" else None
     model = folder / "model"
     if who == "unsloth" and not model.exists():
         written = in_process("write-model", ["--write-model", str(model), "--shape", args.shape or shape], args.limit, folder, pythonpath)
@@ -396,7 +397,7 @@ def main() -> None:
     """Run one side (`--side`), or all and print them as a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=SIDES, metavar="NAME", help=f"sides to measure, of: {', '.join(SIDES)}")
-    parser.add_argument("--unsloth-path", help="folder with Unsloth and what it needs; without it Unsloth is left out")
+    parser.add_argument("--unsloth-path", help="folder with Unsloth and what it needs, or several as in PYTHONPATH; without it Unsloth is left out")
     parser.add_argument("--rounds", type=int, default=1, help="how often to measure all")
     parser.add_argument("--steps", type=int, default=12, help="measured steps")
     parser.add_argument("--tokens", type=int, help="tokens a micro-batch of ours, instead of each side's own")

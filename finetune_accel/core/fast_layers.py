@@ -48,6 +48,9 @@ def fast_layers(model: PreTrainedModel) -> Iterator[None]:
 
 def _keep_states_in_float32(model: PreTrainedModel) -> None:
     """Let `model` compute in float32 all but the products of its linear layers, which stay in the format of their weights."""
+    from finetune_accel.core.gated_mlp import use_gated_unit
+
+    use_gated_unit(model)
     embedding = model.get_input_embeddings()
     embedding.forward = lambda ids: type(embedding).forward(embedding, ids).float()  # the layers go on in the format that they are given
     for layer in model.modules():

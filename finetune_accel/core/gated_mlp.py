@@ -8,11 +8,12 @@ from __future__ import annotations
 from types import MethodType
 
 import torch
+from torch.nn.functional import gelu, silu
 
 from .adapters import LoraLinear, add_product, token_sum
 
 # %% auto #0
-__all__ = ['ACTIVATIONS', 'GatedMlpProduct', 'use_gated_mlp']
+__all__ = ['ACTIVATIONS', 'GatedMlpProduct', 'GatedUnit', 'gated_mlps', 'use_gated_unit', 'use_gated_mlp']
 
 # %% ../../nbs/core/gated_mlp.ipynb #fa21dbc2
 class GatedMlpProduct(torch.autograd.Function):
@@ -60,13 +61,59 @@ class GatedMlpProduct(torch.autograd.Function):
 ACTIVATIONS = {"SiLU": False, "SiLUActivation": False, "GELUTanh": True, "PytorchGELUTanh": True}  # class name: is it GELU
 
 
+class GatedUnit(torch.autograd.Function):
+    """`act(gate) · up` for gate and up [..., inner], computed in float32 and returned in their dtype; nothing else is kept."""
+
+    @staticmethod
+    def forward(ctx, gate, up, is_gelu: bool):
+        """Return [..., inner]."""
+        ctx.save_for_backward(gate, up)
+        ctx.is_gelu = is_gelu
+        return _activated(gate.float(), is_gelu).mul_(up).to(up.dtype)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        """Return the gradients of gate and up."""
+        gate, up = ctx.saved_tensors
+        wide, gradient = gate.float(), gradient.float()
+        up_gradient = _activated(wide, ctx.is_gelu).mul_(gradient)
+        if ctx.is_gelu:
+            gate_gradient = torch.ops.aten.gelu_backward(gradient * up, wide, approximate="tanh")
+        else:
+            gate_gradient = torch.ops.aten.silu_backward(gradient * up, wide)
+        return gate_gradient.to(gate.dtype), up_gradient.to(up.dtype), None
+
+
+def _activated(gate: torch.Tensor, is_gelu: bool) -> torch.Tensor:
+    return gelu(gate, approximate="tanh") if is_gelu else silu(gate)
+
+
+def gated_mlps(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """Return the MLP modules of `model` that compute `down(act(gate(x)) · up(x))`."""
+    names = ("gate_proj", "up_proj", "down_proj")
+    return [module for module in model.modules()
+            if type(getattr(module, "act_fn", None)).__name__ in ACTIVATIONS and all(hasattr(module, name) for name in names)]
+
+
+def use_gated_unit(model: torch.nn.Module) -> None:
+    """Compute what lies between the layers of every gated MLP of `model` by `GatedUnit`."""
+    for module in gated_mlps(model):
+        module.forward = MethodType(_with_gated_unit, module)
+
+
+def _with_gated_unit(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Return the MLP's output for x [..., width], in the format of x."""
+    narrow = x.to(module.down_proj.weight.dtype)
+    unit = GatedUnit.apply(module.gate_proj(narrow), module.up_proj(narrow), ACTIVATIONS[type(module.act_fn).__name__])
+    return module.down_proj(unit).to(x.dtype)
+
+
 def use_gated_mlp(model: torch.nn.Module) -> int:
     """Compute every gated MLP of `model` that has adapters on all its layers in one piece; returns how many there are."""
     found = 0
-    for module in model.modules():
-        layers = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
-        activation = type(getattr(module, "act_fn", None)).__name__
-        if activation in ACTIVATIONS and all(isinstance(layer, LoraLinear) and layer.base_layer.bias is None for layer in layers):
+    for module in gated_mlps(model):
+        layers = module.gate_proj, module.up_proj, module.down_proj
+        if all(isinstance(layer, LoraLinear) and layer.base_layer.bias is None for layer in layers):
             module.forward = MethodType(_gated_mlp, module)
             found += 1
     return found

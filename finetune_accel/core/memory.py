@@ -139,15 +139,16 @@ def kept_on_cpu(shape: ModelShape, method: str, rank: int, size: float) -> dict[
     """Return bytes a token that one layer keeps on a CPU, by name."""
     adapted = method != "full"
     normed = 4 if adapted else 8  # a norm that is trained also keeps the normed value
+    copies = 2 if adapted or size == 4 else shape.linears / shape.layers - (3 if shape.gated_in_parts else 2)  # q, k and v each have their own
     return {
         "inputs of the norms": shape.norms * (shape.hidden * normed + 4),
-        "inputs of q/k/v and gate/up": (2 if adapted or size == 4 else shape.linears / shape.layers - 2) * shape.hidden * size,
+        "inputs of q/k/v and gate/up": copies * shape.hidden * size,
         "joint product of q/k/v, which v is a view of": (shape.queries + shape.keys) * 4 if adapted else 0,
         "q and k before their norms": (shape.queries + shape.keys) * normed if shape.head_norms and not adapted else 0,
         "q, k and v": (shape.queries + 2 * shape.keys) * 4,
         "attention's output, document by document, and logsumexp": shape.queries * 4 + 4 * shape.heads,
         "attention's output, together": shape.queries * size,
-        "gate, up, activated gate and their product": shape.intermediate * (12 + size),
+        "gate, up and their product": shape.intermediate * (3 * size if shape.gated_in_parts else 12 + size),
         "inner products of the adapters": rank * shape.linears / shape.layers * size,
     }
 
@@ -181,7 +182,7 @@ def workspace_bytes(shape: ModelShape, method: str, tokens: int, size: float, ba
 # %% ../../nbs/core/memory.ipynb #5ca87f3a
 # Fitted to peaks of the LoRA runs of benchmarks/memory.py on two cores (60 and 135 million parameters, 16 and 30 layers, 512 to 2,048 tokens
 # a row, glibc 2.36, torch 2.13); the same run peaks up to 12 % apart. A model of only two layers holds on to less than this says.
-HELD_OF_ACTIVATIONS, HELD_LAYERS, HELD_CHUNKS = 0.12, 3.0, 4.5
+HELD_OF_ACTIVATIONS, HELD_LAYERS, HELD_CHUNKS = 0.12, 4.5, 4.5
 
 
 def held_bytes(shape: ModelShape, activations: float, layer: float, rows: int) -> float:
