@@ -9,6 +9,7 @@ from typing import Literal, Optional
 
 from pydantic import Field, field_validator, model_validator
 
+from .core.agreements import Day
 from .core.settings import PhaseSettings, Source
 from .core.sources import source_digest
 
@@ -24,7 +25,7 @@ class MonitorSettings(PhaseSettings):
 
     table: Optional[Source] = Field(None, description="inference table of the service, a Delta table; null replays half of the test questions")
     baseline: Optional[Source] = Field(None, description="inference table to compare with, delta:PATH@VERSION; null for what was evaluated")
-    baseline_from: Optional[str] = Field(None, pattern=r"^\d{4}-\d{2}-\d{2}$", description="first day (UTC) of the baseline's rows, for a change that is to stay")
+    baseline_from: Optional[Day] = Field(None, description="first day (UTC) of the baseline's rows, for a change that is to stay")
     labels: Optional[Source] = Field(None, description="file of request_id and response, what would have been right")
     window: Literal["1 minute", "5 minutes", "30 minutes", "1 hour", "1 day", "1 week"] = Field("1 day", description="how long a window is")
     false_alarms: float = Field(0.05, gt=0, le=0.2, description="share of windows that may be called out by chance, over all columns together")

@@ -253,6 +253,7 @@ def test_the_command_ends_with_1_while_an_alert_holds(finished, tmp_path):
     (("--table", "payload", "--webhook", "http://example.com/x"), "must be https"), (("--table", "payload", "--webhook", "https://example.com/x?token=abc"), "credential"),
     (("--table", "payload", "--labels", "labels.jsonl"), "labels.jsonl:1: has no `request_id`"), (("--table", "payload", "--baseline", "delta:payload@99"), "check the version"),
     (("--table", "payload", "--baseline-from", "2026-01-01"), "needs baseline"), (("--table", "payload", "--baseline", "delta:payload@1", "--baseline-from", "today"), "baseline_from"),
+    (("--table", "payload", "--baseline", "delta:payload@1", "--baseline-from", "2026-13-99"), "year-month-day"),
     (("--table", "payload", "--baseline", "delta:payload@1", "--baseline-from", "2027-01-01"), "has no rows")])
 def test_bad_input_is_named(finished, tmp_path, given, says, monkeypatch):
     write_day(tmp_path / "payload", 0, count=3)
