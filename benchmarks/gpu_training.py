@@ -7,8 +7,8 @@
 Two pieces of work with random weights in bfloat16, built on the device, as speed does not depend on what they say: LoRA
 (rank 16, all linear layers) of the shape of Llama-3.1-8B, and all parameters of the shape of Llama-3.2-1B. Samples have
 lognormal lengths (mean 280 tokens, at most 2,048), and every token bears loss. Each side runs in a process of its own; its
-first steps are discarded, and tokens are real ones, without padding. Unsloth is at its best with xformers or FlashAttention only, if they
-can be loaded (it says so when it is imported); without, its attention takes several times as long. A side that fails is recorded with its error. MFU is
+first steps are discarded, and tokens are real ones, without padding. Give Unsloth xformers or FlashAttention
+that can be loaded (it says so when it is imported). A side that fails is recorded with its error. MFU is
 tokens/s x operations a token (4 a weight with adapters, 6 where all are trained, embedding left out) / the rate of an
 8192 x 8192 x 8192 bfloat16 product, the best measured before any side. `--shape tiny` is a test of this script on the CPU.
 """

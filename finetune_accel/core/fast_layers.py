@@ -45,24 +45,7 @@ def fast_layers(model: PreTrainedModel) -> Iterator[None]:
         for name, source in sources.items():
             source.update(shared[name])
 
-
-def _keep_states_in_float32(model: PreTrainedModel) -> None:
-    """Let `model` compute in float32 all but the products of its linear layers, which stay in the format of their weights."""
-    from finetune_accel.core.gated_mlp import use_gated_unit
-
-    use_gated_unit(model)
-    embedding = model.get_input_embeddings()
-    embedding.forward = lambda ids: type(embedding).forward(embedding, ids).float()  # the layers go on in the format that they are given
-    for layer in model.modules():
-        if type(layer) is torch.nn.Linear:
-            layer.forward = MethodType(_product, layer)
-
-
-def _product(layer: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
-    """Return the output of `layer` in the format of x [..., in], computed in that of its weight."""
-    return linear(x.to(layer.weight.dtype), layer.weight, layer.bias).to(x.dtype)
-
-
+# %% ../../nbs/core/fast_layers.ipynb #c4e4f6aa
 def _use_kernels(model: PreTrainedModel) -> None:
     """Give `model` our kernels where they fit, and Liger's for the rest."""
     from finetune_accel.core.fused_layer import use_fused_layers
@@ -84,3 +67,20 @@ def _use_liger(model: PreTrainedModel, swiglu: bool) -> None:
         return
     wanted = {"rope": True, "rms_norm": True, "swiglu": swiglu, "geglu": swiglu, "cross_entropy": False, "fused_linear_cross_entropy": False}
     apply(model=model, **{name: value for name, value in wanted.items() if name in signature(apply).parameters})
+
+# %% ../../nbs/core/fast_layers.ipynb #cac2ed74
+def _keep_states_in_float32(model: PreTrainedModel) -> None:
+    """Let `model` compute in float32 all but the products of its linear layers, which stay in the format of their weights."""
+    from finetune_accel.core.gated_mlp import use_gated_unit
+
+    use_gated_unit(model)
+    embedding = model.get_input_embeddings()
+    embedding.forward = lambda ids: type(embedding).forward(embedding, ids).float()  # the layers go on in the format that they are given
+    for layer in model.modules():
+        if type(layer) is torch.nn.Linear:
+            layer.forward = MethodType(_product, layer)
+
+
+def _product(layer: torch.nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    """Return the output of `layer` in the format of x [..., in], computed in that of its weight."""
+    return linear(x.to(layer.weight.dtype), layer.weight, layer.bias).to(x.dtype)

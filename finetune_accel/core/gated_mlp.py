@@ -13,7 +13,7 @@ from torch.nn.functional import gelu, silu
 from .adapters import LoraLinear, add_product, token_sum
 
 # %% auto #0
-__all__ = ['ACTIVATIONS', 'GatedMlpProduct', 'GatedUnit', 'gated_mlps', 'use_gated_unit', 'use_gated_mlp']
+__all__ = ['ACTIVATIONS', 'GatedMlpProduct', 'gated_mlps', 'use_gated_mlp', 'GatedUnit', 'use_gated_unit']
 
 # %% ../../nbs/core/gated_mlp.ipynb #fa21dbc2
 class GatedMlpProduct(torch.autograd.Function):
@@ -61,8 +61,36 @@ class GatedMlpProduct(torch.autograd.Function):
 ACTIVATIONS = {"SiLU": False, "SiLUActivation": False, "GELUTanh": True, "PytorchGELUTanh": True}  # class name: is it GELU
 
 
+def gated_mlps(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """Return the MLP modules of `model` that compute `down(act(gate(x)) · up(x))`."""
+    names = ("gate_proj", "up_proj", "down_proj")
+    return [module for module in model.modules()
+            if type(getattr(module, "act_fn", None)).__name__ in ACTIVATIONS and all(hasattr(module, name) for name in names)]
+
+
+def use_gated_mlp(model: torch.nn.Module) -> int:
+    """Compute every gated MLP of `model` that has adapters on all its layers in one piece; returns how many there are."""
+    found = 0
+    for module in gated_mlps(model):
+        layers = module.gate_proj, module.up_proj, module.down_proj
+        if all(isinstance(layer, LoraLinear) and layer.base_layer.bias is None for layer in layers):
+            module.forward = MethodType(_gated_mlp, module)
+            found += 1
+    return found
+
+
+def _gated_mlp(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Return the MLP's output for x [..., width]; as the module would itself once its adapters are merged or disabled."""
+    gate, down = module.gate_proj, module.down_proj
+    if not (isinstance(gate, LoraLinear) and gate.computes_alone()):
+        return type(module).forward(module, x)
+    out = GatedMlpProduct.apply(x.reshape(-1, x.shape[-1]), None, None, gate.siblings.frozen, down.siblings.frozen, gate.scaling["default"],
+                                ACTIVATIONS[type(module.act_fn).__name__], *gate.siblings.matrices(), *down.siblings.matrices())
+    return out.view(x.shape)
+
+# %% ../../nbs/core/gated_mlp.ipynb #a72ba5f6
 class GatedUnit(torch.autograd.Function):
-    """`act(gate) · up` for gate and up [..., inner], computed in float32 and returned in their dtype; nothing else is kept."""
+    """`act(gate) · up` for gate and up [..., inner], computed in float32 and returned in their dtype; of all this only gate and up are kept."""
 
     @staticmethod
     def forward(ctx, gate, up, is_gelu: bool):
@@ -88,13 +116,6 @@ def _activated(gate: torch.Tensor, is_gelu: bool) -> torch.Tensor:
     return gelu(gate, approximate="tanh") if is_gelu else silu(gate)
 
 
-def gated_mlps(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """Return the MLP modules of `model` that compute `down(act(gate(x)) · up(x))`."""
-    names = ("gate_proj", "up_proj", "down_proj")
-    return [module for module in model.modules()
-            if type(getattr(module, "act_fn", None)).__name__ in ACTIVATIONS and all(hasattr(module, name) for name in names)]
-
-
 def use_gated_unit(model: torch.nn.Module) -> None:
     """Compute what lies between the layers of every gated MLP of `model` by `GatedUnit`."""
     for module in gated_mlps(model):
@@ -106,24 +127,3 @@ def _with_gated_unit(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
     narrow = x.to(module.down_proj.weight.dtype)
     unit = GatedUnit.apply(module.gate_proj(narrow), module.up_proj(narrow), ACTIVATIONS[type(module.act_fn).__name__])
     return module.down_proj(unit).to(x.dtype)
-
-
-def use_gated_mlp(model: torch.nn.Module) -> int:
-    """Compute every gated MLP of `model` that has adapters on all its layers in one piece; returns how many there are."""
-    found = 0
-    for module in gated_mlps(model):
-        layers = module.gate_proj, module.up_proj, module.down_proj
-        if all(isinstance(layer, LoraLinear) and layer.base_layer.bias is None for layer in layers):
-            module.forward = MethodType(_gated_mlp, module)
-            found += 1
-    return found
-
-
-def _gated_mlp(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """Return the MLP's output for x [..., width]; as the module would itself once its adapters are merged or disabled."""
-    gate, down = module.gate_proj, module.down_proj
-    if not (isinstance(gate, LoraLinear) and gate.computes_alone()):
-        return type(module).forward(module, x)
-    out = GatedMlpProduct.apply(x.reshape(-1, x.shape[-1]), None, None, gate.siblings.frozen, down.siblings.frozen, gate.scaling["default"],
-                                ACTIVATIONS[type(module.act_fn).__name__], *gate.siblings.matrices(), *down.siblings.matrices())
-    return out.view(x.shape)

@@ -181,7 +181,7 @@ def workspace_bytes(shape: ModelShape, method: str, tokens: int, size: float, ba
 
 # %% ../../nbs/core/memory.ipynb #5ca87f3a
 # Fitted to peaks of the LoRA runs of benchmarks/memory.py on two cores (60 and 135 million parameters, 16 and 30 layers, 512 to 2,048 tokens
-# a row, glibc 2.36, torch 2.13); the same run peaks up to 12 % apart. A model of only two layers holds on to less than this says.
+# a row, glibc 2.36, torch 2.13); the same run peaks up to 19 % apart. A model of only two layers holds on to less than this says.
 HELD_OF_ACTIVATIONS, HELD_LAYERS, HELD_CHUNKS = 0.12, 4.5, 4.5
 
 
