@@ -20,8 +20,8 @@ from .errors import BadInput
 from .frozen import Storage, freeze
 
 # %% auto #0
-__all__ = ['SHARED_INPUT', 'add_product', 'token_sum', 'Products', 'lora_product', 'lora_gradients', 'LoraProduct', 'Siblings',
-           'LoraLinear', 'AdapterPlan', 'add_adapters']
+__all__ = ['SHARED_INPUT', 'add_product', 'token_sum', 'Products', 'frozen_product', 'lora_product', 'lora_gradients',
+           'LoraProduct', 'Siblings', 'LoraLinear', 'AdapterPlan', 'add_adapters']
 
 # %% ../../nbs/core/adapters.ipynb #346e37d8
 def add_product(y: torch.Tensor, inner: torch.Tensor, b: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
@@ -40,7 +40,7 @@ def token_sum(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
 # %% ../../nbs/core/adapters.ipynb #4a9a196d
 class Products(NamedTuple):
-    """What the backward pass of a product with frozen matrix and adapters needs."""
+    """What the backward pass of a product with frozen matrix and adapters needs: x, the A under each other, the B along a diagonal, and x aᵀ scaled."""
 
     x: torch.Tensor
     a: torch.Tensor
@@ -48,13 +48,18 @@ class Products(NamedTuple):
     inner: torch.Tensor
 
 
-def lora_product(x, frozen, bias, scaling: float, adapters, residual=None, quantised=None) -> tuple[torch.Tensor, Products]:
-    """Return x Wᵀ + bias + scaling (x Aᵀ) Bᵀ + residual [tokens, sum of outs] for x [tokens, in], and what its gradients need."""
+def frozen_product(x, frozen, bias, scaling: float, adapters, quantised=None) -> tuple[torch.Tensor, Products]:
+    """Return x Wᵀ + bias [tokens, sum of outs] for x [tokens, in], to which `inner` bᵀ is to be added, and what that and its gradients need."""
     a = torch.cat(adapters[::2]).to(x.dtype)
     b = torch.block_diag(*adapters[1::2]).to(x.dtype) if len(adapters) > 2 else adapters[1].to(x.dtype)
     wide, inner = frozen.product(x, a, bias, quantised)
-    inner.mul_(scaling)
-    return add_product(wide, inner, b, residual), Products(x, a, b, inner)
+    return wide, Products(x, a, b, inner.mul_(scaling))
+
+
+def lora_product(x, frozen, bias, scaling: float, adapters, residual=None) -> tuple[torch.Tensor, Products]:
+    """Return x Wᵀ + bias + scaling (x Aᵀ) Bᵀ + residual [tokens, sum of outs] for x [tokens, in], and what its gradients need."""
+    wide, kept = frozen_product(x, frozen, bias, scaling, adapters)
+    return add_product(wide, kept.inner, kept.b, residual), kept
 
 
 def lora_gradients(gradient, kept: Products, frozen, scaling: float, shapes, wants_x: bool) -> tuple[torch.Tensor | None, list[torch.Tensor]]:

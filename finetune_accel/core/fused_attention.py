@@ -5,6 +5,8 @@
 # %% ../../nbs/core/fused_attention.ipynb #1868344f
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -12,64 +14,79 @@ import triton.language as tl
 from .document_attention import Work, attend_backward, attend_forward
 
 # %% auto #0
-__all__ = ['rotate_', 'split_heads', 'RotaryAttention']
+__all__ = ['rotate_', 'Heads', 'split_heads', 'rotary_attention_', 'rotary_attention_gradient']
 
 # %% ../../nbs/core/fused_attention.ipynb #70258948
-@triton.jit
-def _rotate(joint, cos, sin, joint_token, angle_token, heads, HEADS: tl.constexpr, HALF: tl.constexpr, BACK: tl.constexpr):
-    """Program (token): all its query and key heads."""
-    token = tl.program_id(0).to(tl.int64)
-    head, pair = tl.arange(0, HEADS), tl.arange(0, HALF)
-    real = (head < heads)[:, None]
-    first_at = joint + token * joint_token + head[:, None] * (2 * HALF) + pair[None, :]
+@triton.jit(do_not_specialize=["tokens"])  # else compiled once more for a row of 16 n tokens
+def _rotate(joint, inner, b, cos, sin, tokens, joint_token, inner_token, angle_token, heads, key_heads, r,
+            M: tl.constexpr, HALF: tl.constexpr, R: tl.constexpr, ADAPTERS: tl.constexpr, BACK: tl.constexpr):
+    """Program (head, M tokens)."""
+    head, token = tl.program_id(0), tl.program_id(1).to(tl.int64) * M + tl.arange(0, M)
+    pair, rank = tl.arange(0, HALF), tl.arange(0, R)
+    real = (token < tokens)[:, None]
+    first_at = joint + token[:, None] * joint_token + head * (2 * HALF) + pair[None, :]
     first = tl.load(first_at, mask=real, other=0.0).to(tl.float32)
     second = tl.load(first_at + HALF, mask=real, other=0.0).to(tl.float32)
-    c = tl.load(cos + token * angle_token + pair).to(tl.float32)[None, :]
-    s = tl.load(sin + token * angle_token + pair).to(tl.float32)[None, :]
-    if BACK:
-        s = -s
-    tl.store(first_at, (first * c - second * s).to(joint.dtype.element_ty), mask=real)
-    tl.store(first_at + HALF, (second * c + first * s).to(joint.dtype.element_ty), mask=real)
+    if ADAPTERS:
+        layer = (head >= heads).to(tl.int32) + (head >= heads + key_heads).to(tl.int32)  # query, key or value
+        low = tl.load(inner + token[:, None] * inner_token + layer * r + rank[None, :], mask=real & (rank < r)[None, :], other=0.0)
+        b_at = b + (head * (2 * HALF) + pair[None, :]) * r + rank[:, None]
+        first += tl.dot(low, tl.load(b_at, mask=(rank < r)[:, None], other=0.0), input_precision="ieee")
+        second += tl.dot(low, tl.load(b_at + HALF * r, mask=(rank < r)[:, None], other=0.0), input_precision="ieee")
+    if head < heads + key_heads:
+        c = tl.load(cos + token[:, None] * angle_token + pair[None, :], mask=real, other=0.0).to(tl.float32)
+        s = tl.load(sin + token[:, None] * angle_token + pair[None, :], mask=real, other=0.0).to(tl.float32)
+        if BACK:
+            s = -s
+        unturned = first
+        first = unturned * c - second * s
+        second = second * c + unturned * s
+    tl.store(first_at, first.to(joint.dtype.element_ty), mask=real)
+    tl.store(first_at + HALF, second.to(joint.dtype.element_ty), mask=real)
 
 
-def rotate_(joint: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: int, back: bool = False) -> torch.Tensor:
-    """Turn the first `heads` heads of joint [tokens, all heads · dim] in place by the angles of cos and sin [tokens, dim]; returns joint.
+def rotate_(joint: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: int, key_heads: int, adapters: tuple | None = None,
+            back: bool = False) -> torch.Tensor:
+    """Turn query and key heads of joint [tokens, (heads + 2 · key heads) · dim] in place by the angles of cos and sin [tokens, dim]; returns joint.
 
-    As in Llama, both halves of a head have the same angles, so only the first half of cos and sin is read. `back` turns back.
+    As in Llama, both halves of a head have the same angles, so only the first half of cos and sin is read. `adapters` are inner products
+    [tokens, 3 · rank] of query, key and value, and their B under each other [all heads · dim, rank], whose share is added before. `back` turns back.
     """
     tokens, dim = cos.shape
-    padded = triton.next_power_of_2(heads)
-    _rotate[(tokens,)](joint, cos, sin, joint.stride(0), cos.stride(0), heads, HEADS=padded, HALF=dim // 2, BACK=back,
-                       num_warps=max(1, min(8, padded * dim // 2048)))
+    inner, b = adapters or (joint, joint)
+    r = b.shape[1] if adapters else 0
+    _rotate[(heads + (2 if adapters else 1) * key_heads, triton.cdiv(tokens, 64))](
+        joint, inner, b, cos, sin, tokens, joint.stride(0), inner.stride(0), cos.stride(0), heads, key_heads, r,
+        M=64, HALF=dim // 2, R=max(16, triton.next_power_of_2(r)) if r else 16, ADAPTERS=adapters is not None, BACK=back, num_warps=4)
     return joint
 
 # %% ../../nbs/core/fused_attention.ipynb #9ea99113
-def split_heads(joint: torch.Tensor, heads: int, key_heads: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+class Heads(NamedTuple):
+    """How many heads queries and keys have, what a score is multiplied by, and how many tokens a token reads (0: all before it)."""
+
+    queries: int
+    keys: int
+    scale: float
+    window: int
+
+
+def split_heads(joint: torch.Tensor, heads: Heads) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return query [tokens, heads, dim], key and value [tokens, key heads, dim] as views of joint [tokens, all of them]."""
-    return joint.view(len(joint), heads + 2 * key_heads, -1).split((heads, key_heads, key_heads), dim=1)
+    return joint.view(len(joint), heads.queries + 2 * heads.keys, -1).split((heads.queries, heads.keys, heads.keys), dim=1)
 
 
-class RotaryAttention(torch.autograd.Function):
-    """Rotary embedding and causal attention inside documents for joint [tokens, (heads + 2 · key heads) · dim], which is overwritten.
+def rotary_attention_(joint: torch.Tensor, adapters: tuple, cos: torch.Tensor, sin: torch.Tensor, work: Work, heads: Heads) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return causal attention inside documents [tokens, heads · dim] and its log-sum-exp; `joint` gets `adapters`' share and is turned (see rotate_)."""
+    rotate_(joint, cos, sin, heads.queries, heads.keys, adapters)
+    out, lse = attend_forward(*split_heads(joint, heads), work, heads.window, heads.scale)
+    return out.view(len(joint), -1), lse
 
-    Only for a `joint` that nobody else reads and no backward pass needs, as `LoraProduct` returns it. cos and sin are [tokens, dim].
-    """
 
-    @staticmethod
-    def forward(ctx, joint, cos, sin, work: Work, window: int, scale: float, heads: int, key_heads: int):
-        """Return [tokens, heads · dim]."""
-        rotate_(joint, cos, sin, heads + key_heads)
-        out, lse = attend_forward(*split_heads(joint, heads, key_heads), work, window, scale)
-        ctx.save_for_backward(joint, cos, sin, out, lse)
-        ctx.work, ctx.window, ctx.scale, ctx.heads, ctx.key_heads = work, window, scale, heads, key_heads
-        return out.view(len(joint), -1)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        """Return the gradient of joint."""
-        joint, cos, sin, out, lse = ctx.saved_tensors
-        joint_gradient = torch.empty_like(joint)
-        attend_backward(gradient.reshape(out.shape), *split_heads(joint, ctx.heads, ctx.key_heads), out, lse,
-                        *split_heads(joint_gradient, ctx.heads, ctx.key_heads), ctx.work, ctx.window, ctx.scale)
-        rotate_(joint_gradient, cos, sin, ctx.heads + ctx.key_heads, back=True)
-        return joint_gradient, *[None] * 7
+def rotary_attention_gradient(gradient: torch.Tensor, joint: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor,
+                              work: Work, heads: Heads) -> torch.Tensor:
+    """Return the gradient of what `rotary_attention_` was given as joint, from that of its output and from what it left and returned."""
+    joint_gradient = torch.empty_like(joint)
+    shape = len(joint), heads.queries, -1
+    attend_backward(gradient.view(shape), *split_heads(joint, heads), out.view(shape), lse, *split_heads(joint_gradient, heads), work,
+                    heads.window, heads.scale)
+    return rotate_(joint_gradient, cos, sin, heads.queries, heads.keys, back=True)

@@ -13,28 +13,29 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.mistral.modeling_mistral import MistralAttention, MistralDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
-from .adapters import LoraLinear, Products, lora_gradients, lora_product
+from .adapters import LoraLinear, Products, frozen_product, lora_gradients, lora_product
 from .attention import document_kernels_take
-from .document_attention import plan_work, window_of
-from .fused_attention import RotaryAttention
+from .document_attention import Work, plan_work, window_of
+from .fused_attention import Heads, rotary_attention_, rotary_attention_gradient
 from .gated_mlp import ACTIVATIONS, GatedMlpProduct
 
 # %% auto #0
-__all__ = ['PLAIN_LAYERS', 'LINEAR', 'NormedProduct', 'ResidualProduct', 'use_fused_layers', 'sliding_window']
+__all__ = ['PLAIN_LAYERS', 'LINEAR', 'NormedAttention', 'ResidualProduct', 'use_fused_layers', 'sliding_window']
 
 # %% ../../nbs/core/fused_layer.ipynb #06f80a91
-class NormedProduct(torch.autograd.Function):
-    """`LoraProduct` of RMSNorm(hidden) [tokens, width], and `hidden` itself, to be used instead of it."""
+class NormedAttention(torch.autograd.Function):
+    """Attention inside documents of RMSNorm(hidden) [tokens, width] up to the output layer, and `hidden` itself, to be used instead of it."""
 
     @staticmethod
-    def forward(ctx, hidden, norm, eps: float, frozen, bias, scaling: float, *adapters):
-        """Return ([tokens, sum of outs], hidden)."""
+    def forward(ctx, hidden, norm, eps: float, cos, sin, work: Work, heads: Heads, frozen, bias, scaling: float, *adapters):
+        """Return ([tokens, heads · dim], hidden)."""
         from finetune_accel.core.kernels import norm_forward
 
         x, inverse, quantised = norm_forward(hidden, norm, eps, frozen.in_fp8)
-        out, kept = lora_product(x, frozen, bias, scaling, adapters, quantised=quantised)
-        ctx.save_for_backward(hidden, norm, inverse, *kept)
-        ctx.frozen, ctx.scaling, ctx.shapes = frozen, scaling, [m.shape for m in adapters[1::2]]
+        joint, kept = frozen_product(x, frozen, bias, scaling, adapters, quantised)
+        out, lse = rotary_attention_(joint, (kept.inner, torch.cat(adapters[1::2]).to(x.dtype)), cos, sin, work, heads)
+        ctx.save_for_backward(hidden, norm, inverse, joint, out, lse, cos, sin, *kept)
+        ctx.work, ctx.heads, ctx.frozen, ctx.scaling, ctx.shapes = work, heads, frozen, scaling, [m.shape for m in adapters[1::2]]
         return out, hidden.view_as(hidden)
 
     @staticmethod
@@ -42,11 +43,12 @@ class NormedProduct(torch.autograd.Function):
         """Return the gradients of hidden (if needed) and of every A and B; `around` is what comes back around the layer."""
         from finetune_accel.core.kernels import norm_backward
 
-        hidden, norm, inverse, *kept = ctx.saved_tensors
-        x_gradient, gradients = lora_gradients(gradient.contiguous(), Products(*kept), ctx.frozen, ctx.scaling, ctx.shapes, ctx.needs_input_grad[0])
+        hidden, norm, inverse, joint, out, lse, cos, sin, *kept = ctx.saved_tensors
+        gradient = rotary_attention_gradient(gradient.contiguous(), joint, out, lse, cos, sin, ctx.work, ctx.heads)
+        x_gradient, gradients = lora_gradients(gradient, Products(*kept), ctx.frozen, ctx.scaling, ctx.shapes, ctx.needs_input_grad[0])
         if x_gradient is not None:
             x_gradient = norm_backward(x_gradient, hidden, norm, inverse, around.contiguous())
-        return x_gradient, None, None, None, None, None, *gradients
+        return x_gradient, *[None] * 9, *gradients
 
 
 class ResidualProduct(torch.autograd.Function):
@@ -105,10 +107,11 @@ def _fused_layer(layer: torch.nn.Module, hidden_states: torch.Tensor, position_e
 def _in_one_piece(layer: torch.nn.Module, angles: tuple, lengths: tuple[int, ...], heads: int, key_heads: int, states: torch.Tensor) -> torch.Tensor:
     """Return the layer's output for states [1, tokens, width] of documents of `lengths`; `angles` are cosines and sines [1, tokens, dim]."""
     attention, mlp, norm = layer.self_attn, layer.mlp, layer.input_layernorm
-    joint, hidden = NormedProduct.apply(states[0], norm.weight, norm.variance_epsilon, *_product(attention.q_proj))
-    work = plan_work(lengths, heads // key_heads, joint.device)
-    attended = RotaryAttention.apply(joint, *(part[0] for part in angles), work, window_of(sliding_window(attention), lengths),
-                                     attention.scaling, heads, key_heads)
+    work = plan_work(lengths, heads // key_heads, states.device)
+    cos, sin = (part[0] for part in angles)
+    attended, hidden = NormedAttention.apply(
+        states.squeeze(0), norm.weight, norm.variance_epsilon, cos, sin, work,  # the gradient of states[0] would be a copy
+        Heads(heads, key_heads, attention.scaling, window_of(sliding_window(attention), lengths)), *_product(attention.q_proj))
     hidden = ResidualProduct.apply(hidden, attended, *_product(attention.o_proj))
     norm, gate, down = layer.post_attention_layernorm, mlp.gate_proj, mlp.down_proj
     hidden = GatedMlpProduct.apply(hidden, norm.weight, norm.variance_epsilon, gate.siblings.frozen, down.siblings.frozen, gate.scaling["default"],

@@ -152,29 +152,32 @@ def _gated_forward(gate_up, inner, b_gate, b_up, act, rows, n, r, M: tl.constexp
 @triton.jit(do_not_specialize=["rows"])
 def _gated_backward(gate_up, inner, b_gate, b_up, gradient, inner_gradient, a_down, sums, rows, n, r,
                     M: tl.constexpr, N: tl.constexpr, R: tl.constexpr, TILES: tl.constexpr, GELU: tl.constexpr):
-    """Program (columns, part of rows): TILES tiles of the gradients, and their sums over tokens for the three adapters beside them."""
+    """Program (columns, part of rows): TILES tiles of the gradients, and their sums over tokens for the three adapters beside them.
+
+    Tiles are [columns, rows], so that what was just computed is already where the product of the sums wants it.
+    """
     column, rank = tl.program_id(0) * N + tl.arange(0, N), tl.arange(0, R)
     sum_gate, sum_up, sum_down = tl.zeros((N, R), tl.float32), tl.zeros((N, R), tl.float32), tl.zeros((N, R), tl.float32)
-    of_gate, of_up = tl.trans(_tile(b_gate, column, rank, n, r, r)), tl.trans(_tile(b_up, column, rank, n, r, r))
-    of_down = _tile(a_down, rank, column, r, n, n)
+    of_gate, of_up = _tile(b_gate, column, rank, n, r, r), _tile(b_up, column, rank, n, r, r)
+    of_down = tl.trans(_tile(a_down, rank, column, r, n, n))
     for tile in range(TILES):
         row = (tl.program_id(1).to(tl.int64) * TILES + tile) * M + tl.arange(0, M)
-        inside = (row < rows)[:, None] & (column < n)[None, :]
+        inside = (row < rows)[None, :] & (column < n)[:, None]
         low_gate, low_up = _tile(inner, row, rank, rows, r, 2 * r), _tile(inner + r, row, rank, rows, r, 2 * r)
         low_down = _tile(inner_gradient, row, rank, rows, r, r)
-        gate = _tile(gate_up, row, column, rows, n, 2 * n).to(tl.float32) + _dot(low_gate, of_gate)
-        up = _tile(gate_up + n, row, column, rows, n, 2 * n).to(tl.float32) + _dot(low_up, of_up)
-        incoming = _tile(gradient, row, column, rows, n, n).to(tl.float32) + _dot(low_down, of_down)
+        wide = gate_up + row[None, :] * (2 * n) + column[:, None]
+        gate = tl.load(wide, mask=inside, other=0.0).to(tl.float32) + _dot(of_gate, tl.trans(low_gate))
+        up = tl.load(wide + n, mask=inside, other=0.0).to(tl.float32) + _dot(of_up, tl.trans(low_up))
+        incoming = tl.load(gradient + row[None, :] * n + column[:, None], mask=inside, other=0.0).to(tl.float32) + _dot(of_down, tl.trans(low_down))
         value, slope = _activation(gate, GELU)
         act = (value * up).to(gradient.dtype.element_ty)
         gate_gradient = (incoming * up * slope).to(gate_up.dtype.element_ty)
         up_gradient = (incoming * value).to(gate_up.dtype.element_ty)
-        wide = gate_up + row[:, None] * (2 * n) + column[None, :]
         tl.store(wide, gate_gradient, mask=inside)
         tl.store(wide + n, up_gradient, mask=inside)
-        sum_down += _dot(tl.trans(act), low_down)
-        sum_gate += _dot(tl.trans(gate_gradient), low_gate)
-        sum_up += _dot(tl.trans(up_gradient), low_up)
+        sum_down += _dot(act, low_down)
+        sum_gate += _dot(gate_gradient, low_gate)
+        sum_up += _dot(up_gradient, low_up)
     part = sums + (tl.program_id(1).to(tl.int64) * 3 * n + column[:, None]) * r + rank[None, :]
     columns_inside = (column < n)[:, None] & (rank < r)[None, :]
     tl.store(part, sum_gate, mask=columns_inside)
@@ -182,7 +185,7 @@ def _gated_backward(gate_up, inner, b_gate, b_up, gradient, inner_gradient, a_do
     tl.store(part + 2 * n * r, sum_down, mask=columns_inside)
 
 # %% ../../nbs/core/kernels.ipynb #58379441
-BACKWARD_TILE = {"M": 32, "N": 64, "TILES": 32, "num_warps": 4}  # rows, columns, and how many tiles a program goes through
+BACKWARD_TILE = {"M": 32, "N": 64, "TILES": 32, "num_warps": 4, "num_stages": 1}  # rows, columns, and how many tiles a program goes through
 
 
 def gated_forward(gate_up: torch.Tensor, inner: torch.Tensor, b_gate: torch.Tensor, b_up: torch.Tensor, gelu: bool) -> torch.Tensor:
