@@ -2,7 +2,8 @@
 
     python tests/test_training_exact.py --device cuda --model SmolLM2=DIR --model Gemma3=DIR
 
-prints one JSON line a comparison, tiny random models of every architecture first, and fails if one with a bound exceeds it.
+prints one JSON line a comparison, tiny random models of every architecture first, and fails if one with a bound exceeds it; real weights in
+bfloat16 may, if they are as near as transformers' own.
 The reference uses eager attention and peft's own layers with the same adapter values. Gemma's real weights: `make slow`.
 """
 
@@ -225,6 +226,11 @@ def within(far: dict[str, float], dtype: torch.dtype) -> bool:
     return far["loss"] <= bounds["loss"] and far["gradient"] <= bounds["gradient"] and far["cosine"] >= bounds["cosine"]
 
 
+def near_as_plain(far: dict[str, float], plain: dict[str, float]) -> bool:
+    """Say whether a step in bfloat16 is about as near as transformers' own, one draw of roundings beside another; the loss keeps its bound."""
+    return far["loss"] <= BOUNDS[BF16]["loss"] and far["gradient"] <= 1.5 * plain["gradient"]
+
+
 def plan_of(method: str, storage: Storage = "plain", **changes) -> TrainingPlan:
     return TrainingPlan(method=method, storage=storage, adapter=ADAPTER, batch_size=4, seed=0, **changes)
 
@@ -269,7 +275,7 @@ QUICK = [  # (model, approach); the others run as `slow`
     ("SmolLM2", "supervised"),
 ]
 SLOW = [(name, approach) for name in REAL for approach in APPROACHES if (name, approach) not in QUICK]
-BELOW = {  # bfloat16 that misses its bound, and why; the command fails with it all the same
+BELOW = {  # real weights that miss bfloat16's bound, and why; they are to be as near as transformers' own
     ("SmolLM2", "chat, last", "lora"): "cosine 0.99872 on a CPU, 0.99597 by transformers' own bfloat16: 37 tokens that bear loss, 30 layers",
 }
 BELOW_ON_A_GPU = "on a GPU states too are bfloat16: SmolLM2 had cosine 0.9961 to 0.9993 on an H200, 0.9973 to 0.9984 by transformers' own (LoRA)"
@@ -304,8 +310,7 @@ def test_a_step_is_the_plain_step(name, approach, method):
         why = BELOW_ON_A_GPU if DEVICE == "cuda" and name in REAL else BELOW.get((name, approach, method))
         if dtype == BF16 and why and not within(far, dtype):
             plain = differences(reference_step(folder, samples, method, DEVICE, BF16), reference)
-            allowed = 1.5 * plain["gradient"]  # one draw of roundings beside another
-            assert far["loss"] <= BOUNDS[dtype]["loss"] and far["gradient"] <= allowed, (far, plain)
+            assert near_as_plain(far, plain), (far, plain)
             import pytest
 
             pytest.xfail(f"{why}; this time {far}")
@@ -347,8 +352,8 @@ ON_ANY = [("lora", F32, "plain", {}), ("lora", BF16, "plain", {}), ("full", F32,
 ON_A_GPU = [("lora", BF16, "plain", {"checkpointing": True}), ("lora", BF16, "fp8", {}), ("lora", BF16, "nf4", {})]
 
 
-def comparisons(name: str, device: str, references: dict) -> Iterator[dict]:
-    """Yield a line for each approach and way to compute of one model; only plain storage has bounds."""
+def comparisons(name: str, device: str, references: dict, plain: dict) -> Iterator[dict]:
+    """Yield a line for each approach and way to compute of one model; only plain storage has bounds. `plain` are transformers' own differences."""
     folder = folder_of(name)
     for approach in APPROACHES:
         samples = samples_of(folder, approach)
@@ -356,6 +361,7 @@ def comparisons(name: str, device: str, references: dict) -> Iterator[dict]:
             line = {"model": name, "approach": approach, "method": method, "dtype": str(dtype).removeprefix("torch."), "storage": storage, **changes}
             try:
                 far = differences(our_step(folder, samples, plan_of(method, storage, **changes), device, dtype), references[name, approach, method])
+                line |= {"as near as transformers": near_as_plain(far, plain[name, approach, method])} if name in REAL and dtype == BF16 else {}
                 yield line | {"within": within(far, dtype) if storage == "plain" else None} | far
             except Exception as error:  # noqa: BLE001  what this machine cannot do is a line like the others
                 yield line | {"within": False if storage == "plain" else None, "error": f"{type(error).__name__}: {error}"[:500]}
@@ -371,18 +377,18 @@ def isolation(name: str, device: str) -> Iterator[dict]:
                        "within": own > SEEN and others < UNSEEN, "least own change": own, "largest change of another": others}
 
 
-def plain_steps(names: list[str], device: str, print_line: Callable[[dict], None]) -> dict[tuple, Gradients]:
-    """Return the references of all models; prints how far transformers' own bfloat16 is from them."""
-    references = {}
+def plain_steps(names: list[str], device: str, print_line: Callable[[dict], None]) -> tuple[dict[tuple, Gradients], dict[tuple, dict]]:
+    """Return the references of all models, and how far transformers' own bfloat16 is from them, which is also printed."""
+    references, plain = {}, {}
     for name in names:
         for approach in APPROACHES:
             samples = samples_of(folder_of(name), approach)
             for method in ("lora", "full"):
                 reference = references[name, approach, method] = reference_step(folder_of(name), samples, method, device)
-                far = differences(reference_step(folder_of(name), samples, method, device, BF16), reference)
+                far = plain[name, approach, method] = differences(reference_step(folder_of(name), samples, method, device, BF16), reference)
                 print_line({"model": name, "approach": approach, "method": method, "dtype": "bfloat16", "storage": "plain",
                             "by": "transformers", "within": None, **far})
-    return references
+    return references, plain
 
 
 def main() -> int:
@@ -397,11 +403,11 @@ def main() -> int:
 
     def print_line(line: dict) -> None:
         print(json.dumps(line), flush=True)
-        exceeded.extend([line] if line["within"] is False else [])
+        exceeded.extend([line] if line["within"] is False and not line.get("as near as transformers") else [])
 
-    references = plain_steps(names, args.device, print_line)
+    references, plain = plain_steps(names, args.device, print_line)
     for name in names:
-        for line in (*comparisons(name, args.device, references), *isolation(name, args.device)):
+        for line in (*comparisons(name, args.device, references, plain), *isolation(name, args.device)):
             print_line(line)
     print(f"{len(exceeded)} comparisons exceed their bounds" if exceeded else "all bounds kept", file=sys.stderr)
     return len(exceeded) > 0
