@@ -55,7 +55,7 @@ def run_one(args: argparse.Namespace) -> dict:
     """Train one arm with one seed and score it."""
     import torch
 
-    from finetune_accel.core.comparison import answer_limit
+    from finetune_accel.core.asking import answer_limit
     from finetune_accel.core.generate import load_plain, ready_for_messages
     from finetune_accel.core.saving import merged_model, save_adapter
     from finetune_accel.core.template import encode_records

@@ -22,7 +22,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads must not 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from finetune_accel.core.answering import ENGINES
-from finetune_accel.core.comparison import ask
+from finetune_accel.core.asking import ask
 from finetune_accel.core.criteria import Criterion
 from finetune_accel.core.kept_answers import KeptAnswers
 from finetune_accel.core.parity import AT_ONCE, effect, engine_versions, judge_engine, machine, rows_digest

@@ -16,7 +16,8 @@ from conftest import finetune_accel, states
 from fastapi.testclient import TestClient
 from tiny import tiny_model
 
-from finetune_accel.core.comparison import Answers, Likelihoods, compare, dev_scorer, read_by, score_table
+from finetune_accel.core.asking import dev_scorer, read_by
+from finetune_accel.core.comparison import Answers, Likelihoods, compare, score_table
 from finetune_accel.core.criteria import Criterion, check_criteria
 from finetune_accel.core.engagement import phases
 from finetune_accel.core.errors import BadInput

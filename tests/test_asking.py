@@ -6,8 +6,8 @@ import json
 import pytest
 from tiny import tiny_model
 
-from finetune_accel.core import comparison
-from finetune_accel.core.comparison import ask, stops
+from finetune_accel.core import asking
+from finetune_accel.core.asking import ask, stops
 from finetune_accel.core.kept_answers import KeptAnswers
 
 TRAIN = [{"prompt": f"lamp {i}", "response": f"on {i}"} for i in range(8)]
@@ -33,8 +33,8 @@ def test_only_a_model_without_template_ends_with_the_line(models):
 
 
 def test_answers_end_where_they_are_told_and_are_kept(models, tmp_path, monkeypatch):
-    asked, load = [], comparison.load_engine
-    monkeypatch.setattr(comparison, "load_engine", lambda name, folder: asked.append(name) or load(name, folder))
+    asked, load = [], asking.load_engine
+    monkeypatch.setattr(asking, "load_engine", lambda name, folder: asked.append(name) or load(name, folder))
     free = ask(models["plain"], PROMPTS, ITEMS, "base", "m", "supervised", KeptAnswers(tmp_path, "m", 60))
     letter = next(character for text in free.texts for character in text if text.strip())
     cut = ask(models["plain"], PROMPTS, ITEMS, "base", "m", "supervised", KeptAnswers(tmp_path, "m", 60, stop=[letter]))

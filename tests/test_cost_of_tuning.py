@@ -15,8 +15,9 @@ from pydantic import ValidationError
 from tiny import tiny_model
 
 from finetune_accel.core.adapters import AdapterPlan
+from finetune_accel.core.asking import read_by
 from finetune_accel.core.canaries import canary_choice, canary_record, make_canaries, plant, read_canaries
-from finetune_accel.core.comparison import Likelihoods, read_by
+from finetune_accel.core.comparison import Likelihoods
 from finetune_accel.core.cost import MONTH, CostSettings, Tokens, break_even_plot, cost, cost_rows, request_tokens
 from finetune_accel.core.errors import BadInput
 from finetune_accel.core.exposure import exposure, memorisation

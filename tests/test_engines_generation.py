@@ -133,7 +133,7 @@ def test_settings_name_the_engines_that_there_are():
 
 
 def test_an_engine_is_checked_before_it_is_used(openvino, folder, tmp_path, monkeypatch):
-    from finetune_accel.core import comparison, fidelity
+    from finetune_accel.core import asking, fidelity
     from finetune_accel.core.criteria import Criterion
     from finetune_accel.core.kept_answers import KeptAnswers
 
@@ -149,8 +149,8 @@ def test_an_engine_is_checked_before_it_is_used(openvino, folder, tmp_path, monk
         def generate(self, prompts, *_, **__):
             return [generate.Generation("something else", 1, 1, "stop", 0.1) for _ in prompts]
 
-    load = comparison.load_engine
-    monkeypatch.setattr(comparison, "load_engine", lambda name, model: load(name, model) if name == "reference" else Careless())
+    load = asking.load_engine
+    monkeypatch.setattr(asking, "load_engine", lambda name, model: load(name, model) if name == "reference" else Careless())
     with pytest.raises(BadInput, match="openvino-bf16 is not admitted .* 0 of 40 answers"):
         fidelity.check_engine(folder, items, form, words, KeptAnswers(tmp_path, "digest", 12, "openvino-bf16"), seed=1)
     with pytest.raises(BadInput, match="which approach chat does not have"):

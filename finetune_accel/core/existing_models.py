@@ -19,7 +19,6 @@ from .degenerate import degenerate
 from .errors import BadInput, Broken
 from .formats import Form
 from .interpretation import verdict_paragraph
-from .predictor import Answer, PyfuncPredictor, RowAsk
 from .pyfunc import TEXT, as_text, plain
 from .questions import row_id, row_text
 from .readers import open_source
@@ -99,6 +98,8 @@ def registered_pyfunc(uri: str) -> Target:
 
 def _answers(system: str, found: Target, rows: list[TestRow], trusted: bool) -> Answers:
     """Return what a model answers to all rows. Raises BadInput."""
+    from finetune_accel.core.predictor import Answer, PyfuncPredictor, RowAsk  # four seconds that whoever only promotes should not pay
+
     started = time.monotonic()
     with closing(PyfuncPredictor(found, trusted=trusted)) as predictor:
         columns = predictor.engine.columns

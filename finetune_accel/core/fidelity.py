@@ -12,7 +12,8 @@ from typing import Literal
 
 import numpy as np
 
-from .comparison import ask, goodness
+from .asking import ask
+from .comparison import goodness
 from .criteria import Criterion, of_answers
 from .errors import BadInput
 from .kept_answers import KeptAnswers

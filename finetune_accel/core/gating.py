@@ -16,12 +16,11 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow.parquet as pq
 
-from .comparison import Answers, Likelihoods, Result, compare, item_scores, score_table
+from .comparison import Answers, Choices, Likelihoods, Result, compare, item_scores, score_table
 from .criteria import OF_CHOICES, Criterion, criteria_met, of_answers
 from .decision_log import DecisionLog
 from .errors import BadInput
 from .evidence import EVIDENCE, OF_RUN, artefact_digest, missing_evidence, model_files, read_facts
-from .multiple_choice import Choices
 from .parity import read_certificate
 from .policy import Policy
 from .runs import read_json

@@ -9,7 +9,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from . import generate
 from .calibration import calibration
+from .comparison import Choices
 from .errors import BadInput
 from .generate import TOKENS_IN_FLIGHT, common_prefix, context_length
 from .likelihood import BATCH_SIZE, SCORES_IN_FLIGHT
@@ -27,7 +27,7 @@ from .template import ANSWER, chat_segments, conversation, end_of_turn, renderer
 
 # %% auto #0
 __all__ = ['MOST_CHOICES', 'Choice', 'encode_choice', 'choice_log_likelihoods', 'probabilities', 'choice_scores', 'closed_set',
-           'choices_of', 'Choices', 'choose_items', 'choice_results']
+           'choices_of', 'choose_items', 'choice_results']
 
 # %% ../../nbs/core/multiple_choice.ipynb #b3b815f6
 class Choice(NamedTuple):
@@ -220,18 +220,6 @@ def choices_of(items: Sequence[dict], train: Sequence[dict], tokenizer: Any) -> 
             for item in items]
 
 # %% ../../nbs/core/multiple_choice.ipynb #4326757c
-@dataclass
-class Choices:
-    """What one system chose: {criterion: one score an item}, and `core.calibration` of the answers it chose."""
-
-    system: str
-    model: str
-    items: list[dict]
-    scores: dict[str, np.ndarray]
-    calibration: dict
-    seconds: float
-
-
 def choose_items(model: Any, tokenizer: Any, items: list[dict], train: Sequence[dict], system: str, name: str) -> Choices:
     """Return what a model in memory chooses for `items` among the answers of the `train` rows. Raises BadInput as `choices_of` does."""
     started, asked = time.monotonic(), choices_of(items, train, tokenizer)

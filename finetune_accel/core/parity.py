@@ -53,7 +53,7 @@ def reference_answers(rows: list[dict], evaluated_by: str, folder: Path, approac
     """Return the reference engine's greedy answers: the rows' own if it is what they were `evaluated_by`, else those of the model in `folder`."""
     if evaluated_by == "reference":
         return [row["answer"] for row in rows]
-    from finetune_accel.core.comparison import ask
+    from finetune_accel.core.asking import ask
 
     return ask(folder, [row["messages"] or row["prompt"] for row in rows], rows, "reference", str(folder), approach, kept.by("reference")).texts
 

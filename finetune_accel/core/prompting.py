@@ -9,8 +9,10 @@ import json
 import random
 import re
 from collections import defaultdict
+from typing import TYPE_CHECKING
 
-from .generate import Prompt
+if TYPE_CHECKING:  # whoever only writes questions needs no transformers
+    from finetune_accel.core.generate import Prompt
 
 # %% auto #0
 __all__ = ['SHOWN_TEXTS', 'LONGEST_START', 'bare', 'as_message', 'describe_answers', 'told', 'random_rows', 'nearest_rows',

@@ -14,7 +14,6 @@ from pathlib import Path
 import mlflow
 from filelock import FileLock
 from huggingface_hub import ModelCard
-from transformers import pipelines
 
 from .errors import BadInput
 from .evidence import model_files
@@ -42,6 +41,8 @@ def register_model(tracker: Tracker, folder: Path, name: str, metadata: dict, ap
     reads_texts = approach == "continued_pretraining"
     example = {"prompt": asked} if reads_texts else {"messages": [{"role": "user", "content": asked}]}
     card = ModelCard(f"---\nlicense: {json.dumps(metadata['licence'])}\n---\nTuned from {metadata['base_model']} for {name}.\n")
+
+    from transformers import pipelines  # five seconds that whoever only promotes should not pay
 
     # transformers 5.23 keeps the name of a task's class, MLflow 3.17 expects the class.
     pipelines.SUPPORTED_TASKS["text-generation"]["impl"] = pipelines.TextGenerationPipeline

@@ -207,7 +207,7 @@ class Recorder(TrainerCallback):
 # %% ../../nbs/core/together.ipynb #53488d93
 def scorer_of(job: dict, tokenizer: Any, on_answers: Callable) -> Callable | None:
     """Return what measures the model on dev."""
-    from finetune_accel.core.comparison import dev_scorer
+    from finetune_accel.core.asking import dev_scorer
     from finetune_accel.core.criteria import Criterion
     from finetune_accel.core.records import read_records
 
