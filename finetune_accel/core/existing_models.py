@@ -98,7 +98,7 @@ def registered_pyfunc(uri: str) -> Target:
 
 def _answers(system: str, found: Target, rows: list[TestRow], trusted: bool) -> Answers:
     """Return what a model answers to all rows. Raises BadInput."""
-    from finetune_accel.core.predictor import Answer, PyfuncPredictor, RowAsk  # four seconds that whoever only promotes should not pay
+    from finetune_accel.core.predictor import Answer, PyfuncPredictor, RowAsk  # seconds that whoever only promotes should not pay
 
     started = time.monotonic()
     with closing(PyfuncPredictor(found, trusted=trusted)) as predictor:

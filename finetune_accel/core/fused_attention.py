@@ -57,7 +57,7 @@ def rotate_(joint: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: in
     r = b.shape[1] if adapters else 0
     _rotate[(heads + (2 if adapters else 1) * key_heads, triton.cdiv(tokens, 64))](
         joint, inner, b, cos, sin, tokens, joint.stride(0), inner.stride(0), cos.stride(0), heads, key_heads, r,
-        M=64, HALF=dim // 2, R=max(16, triton.next_power_of_2(r)) if r else 16, ADAPTERS=adapters is not None, BACK=back, num_warps=4)
+        M=64, HALF=dim // 2, R=max(16, triton.next_power_of_2(r)), ADAPTERS=adapters is not None, BACK=back, num_warps=4)
     return joint
 
 # %% ../../nbs/core/fused_attention.ipynb #9ea99113

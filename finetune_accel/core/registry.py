@@ -42,7 +42,7 @@ def register_model(tracker: Tracker, folder: Path, name: str, metadata: dict, ap
     example = {"prompt": asked} if reads_texts else {"messages": [{"role": "user", "content": asked}]}
     card = ModelCard(f"---\nlicense: {json.dumps(metadata['licence'])}\n---\nTuned from {metadata['base_model']} for {name}.\n")
 
-    from transformers import pipelines  # five seconds that whoever only promotes should not pay
+    from transformers import pipelines  # seconds that whoever only promotes should not pay
 
     # transformers 5.23 keeps the name of a task's class, MLflow 3.17 expects the class.
     pipelines.SUPPORTED_TASKS["text-generation"]["impl"] = pipelines.TextGenerationPipeline
